@@ -1,0 +1,181 @@
+"""The command line: parses, calls, prints, exits."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import click
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+
+from diffedit_ray.errors import DiffEditError, ManifestError, ModelError, SettingsError
+from diffedit_ray.settings import EditSettings, JobSettings, explain
+
+app = typer.Typer(
+    name="diffedit-ray",
+    help="Edit images in bulk: a manifest of (image, reference, query) in, edited images, masks and records out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_console = Console()
+
+_PANELS = {EditSettings: "The method", JobSettings: "The run"}
+
+
+def _option(name: str, info: FieldInfo) -> inspect.Parameter:
+    """The command-line option of a settings field: same name, description and default."""
+    flag = "--" + name.replace("_", "-")
+    kind: Any = info.annotation
+    help_text = info.description or ""
+    if get_origin(kind) is dict:
+        kind = list[str] | None
+        metavar, default = "NAME=COLUMN[,…]", None
+    else:
+        metavar, default = None, info.default
+    if kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}" if info.default else flag
+    if get_origin(kind) is not Literal and get_args(kind) and list[str] not in get_args(kind):
+        kind = [k for k in get_args(kind) if k is not type(None)][0] | None
+    annotation = Annotated[kind, typer.Option(flag, help=help_text, metavar=metavar)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every field of both settings as an option; it receives them built, as `settings` and `job`."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in ("settings", "job")]
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    models: tuple[type[BaseModel], ...] = (EditSettings, JobSettings)
+    fields = [(m, name, info) for m in models for name, info in m.model_fields.items()]
+
+    def wrapper(**given: Any) -> None:
+        if given.get("columns") is not None:
+            given["columns"] = _parse_columns(given["columns"])
+        else:
+            given["columns"] = {}
+        try:
+            built = [m(**{name: given.pop(name) for model, name, _ in fields if model is m}) for m in models]
+        except ValidationError as error:
+            raise SettingsError(explain(error)) from None
+        command(**given, settings=built[0], job=built[1])
+
+    wrapper.__doc__ = command.__doc__
+    wrapper.__name__ = command.__name__
+    wrapper.__signature__ = inspect.Signature(own + [_option(n, i) for _, n, i in fields])  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _parse_columns(given: Sequence[str]) -> dict[str, str]:
+    columns = {}
+    for part in ",".join(given).split(","):
+        name, equals, own = part.partition("=")
+        if not (name and equals and own):
+            raise SettingsError(f"--columns takes NAME=COLUMN, as in image_uri=url,query=caption; not {part!r}")
+        columns[name.strip()] = own.strip()
+    return columns
+
+
+@app.command()
+@_with_settings
+def edit(
+    manifest: Annotated[str, typer.Argument(help="A Parquet file, a folder of them, or a glob.", show_default=False)],
+    output: Annotated[str, typer.Argument(help="Where images, masks and records go.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", help="Checkpoint folder, hub id, or demo for the embedded one.")],
+    settings: EditSettings,
+    job: JobSettings,
+) -> None:
+    """Edit every row of MANIFEST that OUTPUT has no record of yet.
+
+    Run the same command again to carry on after a stop, or after the manifest has grown.
+    """
+    _run(manifest, output, model, settings, job)
+
+
+@app.command()
+@_with_settings
+def demo(
+    settings: EditSettings,
+    job: JobSettings,
+    output: Annotated[str, typer.Argument(help="Where images, masks and records go.")] = "diffedit-demo",
+) -> None:
+    """Run the shipped manifest on the embedded model: the same code as edit, in about a minute."""
+    from diffedit_ray.demo import demo_manifest
+
+    _run(str(demo_manifest()), output, "demo", settings, job, sheet=True)
+
+
+def _run(
+    manifest: str, output: str, model: str, settings: EditSettings, job: JobSettings, *, sheet: bool = False
+) -> None:
+    from diffedit_ray.demo import demo_model
+    from diffedit_ray.pipeline.job import run_edit_job
+    from diffedit_ray.pipeline.progress import JobProgress
+
+    with JobProgress(_console) as progress:
+        summary = run_edit_job(
+            manifest,
+            output,
+            model=str(demo_model()) if model == "demo" else model,
+            settings=settings,
+            job=job,
+            progress=progress.update,
+        )
+    if not summary.edited_now and not summary.interrupted:
+        _console.print(f"nothing to do: all {summary.rows} rows are recorded in {output}", highlight=False)
+    table = Table(title=f"{summary.rows} rows in {summary.seconds:.1f} s", title_justify="left")
+    table.add_column("status")
+    table.add_column("rows", justify="right")
+    for status in ("edited", "unchanged", "failed"):
+        table.add_row(status, str(getattr(summary, status)))
+    for code, count in summary.errors.items():
+        table.add_row(f"  {code}", str(count))
+    if summary.done_before:
+        table.add_row("recorded before", str(summary.done_before))
+    _console.print(table)
+    if sheet and summary.edited:
+        from diffedit_ray.gallery.contact_sheet import contact_sheet
+
+        path = os.path.join(output, "contact_sheet.png")
+        contact_sheet(output, path)
+        _console.print(f"before · mask · after: {path}", highlight=False, soft_wrap=True)
+    _console.print(f"images, masks and records: {output}", highlight=False, soft_wrap=True)
+    if summary.exit_code:
+        raise typer.Exit(summary.exit_code)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (see the README)."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except click.ClickException as error:
+        print(f"diffedit-ray: {error.format_message()} (see --help)", file=sys.stderr)
+        return 2
+    except (SettingsError, ManifestError, ModelError) as error:
+        print(f"diffedit-ray: {error}", file=sys.stderr)
+        return 2
+    except DiffEditError as error:
+        print(f"diffedit-ray: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        print("diffedit-ray: interrupted; run the same command to carry on", file=sys.stderr)
+        return 130
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

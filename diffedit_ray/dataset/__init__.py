@@ -1,0 +1,1 @@
+"""The files: manifests, storage, images, records. No torch, no Ray."""

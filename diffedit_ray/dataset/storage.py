@@ -1,0 +1,135 @@
+"""A URI and its bytes, by way of fsspec."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pyarrow.fs
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from diffedit_ray.errors import DiffEditError, ErrorCode, OutputError, RowError
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URI, and the path on it.
+
+    Raises:
+        OutputError: The scheme is unknown or its package is not installed.
+    """
+    try:
+        fs, path = url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise OutputError(f"{uri}: {error}") from None
+    return fs, path
+
+
+def arrow_filesystem(fs: Any) -> pyarrow.fs.FileSystem:
+    """The same filesystem for Arrow and Ray Data; Arrow's own S3 client fails on real S3 servers."""
+    if isinstance(fs, LocalFileSystem):
+        return pyarrow.fs.LocalFileSystem()
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+
+
+def has_scheme(uri: str) -> bool:
+    """Whether a URI names its protocol, as s3://… does and a path does not."""
+    return "://" in uri
+
+
+def join(base: str, *parts: str) -> str:
+    """A URI below another."""
+    return "/".join([base.rstrip("/"), *parts])
+
+
+def absolute(uri: str) -> str:
+    """A local path made independent of the working directory; Ray's workers have another one."""
+    return uri if has_scheme(uri) else os.path.abspath(os.path.expanduser(uri))
+
+
+def resolve(uri: str, base: str) -> str:
+    """An image URI as a manifest writes it: relative ones are relative to `base`, the manifest's folder."""
+    if has_scheme(uri) or os.path.isabs(uri):
+        return uri
+    return join(base, uri)
+
+
+def read_bytes(uri: str, *, max_bytes: int) -> bytes:
+    """A whole file.
+
+    Raises:
+        RowError: `BAD_URI`, `NOT_FOUND`, `FORBIDDEN`, `TOO_LARGE` or `FETCH_FAILED`.
+    """
+    try:
+        fs, path = filesystem(uri)
+        with fs.open(path, "rb") as stream:
+            data: bytes = stream.read(max_bytes + 1)
+    except OutputError as error:
+        raise RowError(ErrorCode.BAD_URI, str(error)) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise RowError(ErrorCode.NOT_FOUND, f"{uri} does not exist") from None
+    except IsADirectoryError:
+        raise RowError(ErrorCode.NOT_FOUND, f"{uri} is a folder, not an image") from None
+    except PermissionError:
+        raise RowError(ErrorCode.FORBIDDEN, f"{uri} may not be read with the credentials this job has") from None
+    except Exception as error:  # each protocol's client raises types of its own
+        raise RowError(ErrorCode.FETCH_FAILED, f"{uri}: {type(error).__name__}: {error}") from None
+    if len(data) > max_bytes:
+        raise RowError(ErrorCode.TOO_LARGE, f"{uri} is larger than max_bytes = {max_bytes:,} allows")
+    return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or none: object stores do so by themselves.
+
+    Raises:
+        OutputError: It could not be written.
+    """
+    try:
+        fs, path = filesystem(uri)
+        if not isinstance(fs, LocalFileSystem):
+            fs.pipe_file(path, data)
+            return
+        folder, name = os.path.split(path)
+        os.makedirs(folder, exist_ok=True)
+        hidden = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with open(hidden, "wb") as stream:
+                stream.write(data)
+            os.replace(hidden, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(hidden)
+    except DiffEditError:
+        raise
+    except Exception as error:  # each protocol's client raises types of its own
+        raise OutputError(f"cannot write {uri}: {type(error).__name__}: {error}") from error
+
+
+def list_files(uri: str, suffix: str) -> list[str]:
+    """The URIs of the files directly below `uri` that end in `suffix`, sorted; none if there is no such folder."""
+    fs, path = filesystem(uri)
+    try:
+        found = fs.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    names = (name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+    return sorted(join(uri, name) for name in names if name.endswith(suffix) and not name.startswith("."))
+
+
+def remove(uri: str, *, recursive: bool = False) -> None:
+    """Remove a file or, if so told, all below it; nothing there is fine."""
+    fs, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=recursive)
+
+
+@contextlib.contextmanager
+def open_read(uri: str) -> Iterator[Any]:
+    """A readable, seekable stream of a file."""
+    with fsspec.open(uri, "rb") as stream:
+        yield stream

@@ -1,0 +1,33 @@
+"""Writes the trained parts as an ordinary diffusers folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def save_checkpoint(
+    folder: Path,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    scheduler: DDIMScheduler,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write what `StableDiffusionPipeline.from_pretrained` reads; the parts are left in `dtype`."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype)
+    pipeline.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,274 @@
+"""DiffEdit (Couairon et al. 2022, arXiv 2210.11427): the three steps, in the paper's order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from diffedit_ray.diffusion.framing import finish, fit, frame_for, latent_mask_from, over_white, pixel_alpha
+from diffedit_ray.diffusion.mask import average_contrast, binarise, noise_contrast, rescale, significance
+from diffedit_ray.diffusion.model import LatentDiffusionModel
+from diffedit_ray.diffusion.noise import row_noise
+from diffedit_ray.diffusion.schedule import add_noise
+from diffedit_ray.settings import EditSettings
+
+ImageLike = Image.Image | NDArray[np.uint8]
+
+
+@dataclass
+class LatentEdit:
+    """What the three steps give for a batch at the model's own size.
+
+    Attributes:
+        pixels: (B, 3, H, W) uint8, the decoded edit; the input itself where the mask is empty.
+        contrast: (B, h, w) float32 in [0, 1]; the mask itself where one was given.
+        mask: (B, h, w) bool.
+        significance: (B,) float32, the contrast's F ratio; NaN where a mask was given.
+        seconds: Spent in "mask", "encode" and "decode", for the whole batch.
+    """
+
+    pixels: Tensor
+    contrast: Tensor
+    mask: Tensor
+    significance: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class EditResult:
+    """Edited images at their own sizes, row by row.
+
+    Attributes:
+        images: (H, W, 3) or, if alpha came in, (H, W, 4) uint8.
+        masks: (H, W) uint8; 255 = edited, 0 = the original's own pixel.
+        contrasts: (h, w) float32 in [0, 1], the soft contrast in latent cells.
+        latent_masks: (h, w) bool, the mask that guided decoding.
+        significance: The contrast's F ratio (`mask.significance`).
+        seconds: Spent in "mask", "encode" and "decode", for the whole batch.
+    """
+
+    images: list[NDArray[np.uint8]]
+    masks: list[NDArray[np.uint8]]
+    contrasts: list[NDArray[np.float32]]
+    latent_masks: list[NDArray[np.bool_]]
+    significance: list[float]
+    seconds: dict[str, float]
+
+    @property
+    def unchanged(self) -> list[bool]:
+        """Rows whose mask is empty: the texts do not disagree about the image."""
+        return [not mask.any() for mask in self.latent_masks]
+
+
+class DiffEditor:
+    """Edits batches of images in this process.
+
+    Args:
+        model: The replica to use.
+        settings: The method's settings; `edit` can override them for one call.
+        unet_batch: Latents the UNet sees at once, at most.
+
+    Example:
+        >>> from diffedit_ray import DiffEditor, EditSettings, LatentDiffusionModel
+        >>> from diffedit_ray.demo import demo_images, demo_model
+        >>> model = LatentDiffusionModel.load(demo_model(), device="cpu")
+        >>> editor = DiffEditor(model, EditSettings(steps=10))
+        >>> image = demo_images()["horse-grass"]
+        >>> result = editor.edit([image], ["a horse on grass"], ["a zebra on grass"], seeds=[0])
+        >>> result.images[0].shape, result.masks[0].shape
+        ((128, 128, 3), (128, 128))
+    """
+
+    def __init__(
+        self, model: LatentDiffusionModel, settings: EditSettings | None = None, *, unet_batch: int = 64
+    ) -> None:
+        self.model = model
+        self.settings = settings or EditSettings()
+        self.unet_batch = unet_batch
+
+    def edit(
+        self,
+        images: Sequence[ImageLike],
+        references: Sequence[str | None],
+        queries: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        masks: Sequence[NDArray[np.uint8] | None] | None = None,
+        settings: EditSettings | None = None,
+    ) -> EditResult:
+        """Edit images of any sizes.
+
+        Args:
+            images: PIL images or (H, W, 3 or 4) uint8 arrays. Alpha is kept and the model sees white behind it.
+            references: What each image shows now; none or "" is the paper's ∅.
+            queries: What each should show.
+            seeds: Each row's seed.
+            masks: For each row a hand-drawn (H, W) uint8 mask, 255 = edit, or none to find one.
+            settings: Instead of the editor's own.
+
+        Raises:
+            ValueError: The arguments differ in length, or an image or mask has another shape.
+        """
+        settings = settings or self.settings
+        masks = masks if masks is not None else [None] * len(images)
+        lengths = {len(images), len(references), len(queries), len(seeds), len(masks)}
+        if len(lengths) != 1:
+            raise ValueError("images, references, queries, seeds and masks must have one entry a row each")
+        originals = [_as_array(image) for image in images]
+        frames = [frame_for(o.shape[1], o.shape[0], self.model.geometry, settings.resolution) for o in originals]
+        for original, drawn in zip(originals, masks, strict=True):
+            if drawn is not None and drawn.shape != original.shape[:2]:
+                raise ValueError(f"a mask of shape {drawn.shape} for an image of shape {original.shape[:2]}")
+        groups: dict[tuple[int, int, bool], list[int]] = {}
+        for i, frame in enumerate(frames):
+            groups.setdefault((frame.model_height, frame.model_width, masks[i] is not None), []).append(i)
+        rows: dict[int, tuple[LatentEdit, int]] = {}
+        seconds: dict[str, float] = {}
+        for (_, _, drawn_masks), members in groups.items():
+            fitted = np.stack([fit(over_white(originals[i]), frames[i]) for i in members])
+            given = [latent_mask_from(m, frames[i]) for i in members if (m := masks[i]) is not None]
+            edit = self.edit_fitted(
+                torch.from_numpy(fitted).permute(0, 3, 1, 2),
+                [references[i] for i in members],
+                [queries[i] for i in members],
+                [seeds[i] for i in members],
+                masks=torch.from_numpy(np.stack(given)) if drawn_masks else None,
+                settings=settings,
+            )
+            rows.update((i, (edit, j)) for j, i in enumerate(members))
+            for name, spent in edit.seconds.items():
+                seconds[name] = seconds.get(name, 0.0) + spent
+        result = EditResult([], [], [], [], [], seconds)
+        for i, (original, frame) in enumerate(zip(originals, frames, strict=True)):
+            edit, j = rows[i]
+            latent_mask = edit.mask[j].numpy()
+            drawn = masks[i]
+            alpha = drawn if drawn is not None else pixel_alpha(latent_mask, frame, settings.mask_grow)
+            edited = edit.pixels[j].permute(1, 2, 0).numpy()
+            result.images.append(finish(original, edited, alpha, frame, composite=settings.composite))
+            result.masks.append(alpha)
+            result.contrasts.append(edit.contrast[j].numpy())
+            result.latent_masks.append(latent_mask)
+            result.significance.append(float(edit.significance[j]))
+        return result
+
+    @torch.inference_mode()
+    def edit_fitted(
+        self,
+        pixels: Tensor,
+        references: Sequence[str | None],
+        queries: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        masks: Tensor | None = None,
+        settings: EditSettings | None = None,
+    ) -> LatentEdit:
+        """The three steps on a batch already at a size the model accepts.
+
+        Args:
+            pixels: (B, 3, H, W) uint8.
+            references: As `edit`.
+            queries: As `edit`.
+            seeds: As `edit`.
+            masks: (B, h, w) bool latent masks that replace step 1.
+            settings: Instead of the editor's own.
+        """
+        s = settings or self.settings
+        clock = time.perf_counter
+        began = clock()
+        x0 = self.model.encode_images(pixels.float() / 127.5 - 1)
+        if masks is None:
+            contrast, mask, f_ratio = self.find_masks(x0, references, queries, seeds, s)
+        else:
+            mask, contrast = masks, masks.float()
+            f_ratio = torch.full((len(pixels),), torch.nan)
+        masked = clock()
+        edited = pixels.clone()
+        rows = mask.flatten(1).any(1).nonzero().flatten()
+        encoded = decoded = masked
+        if len(rows):
+            path = self.encode(x0[rows.to(x0.device)], s)
+            encoded = clock()
+            y0 = self.decode(path, mask[rows], [queries[int(i)] for i in rows], s)
+            edited[rows] = ((self.model.decode_latents(y0) + 1) * 127.5).round().to(torch.uint8).cpu()
+            decoded = clock()
+        seconds = {"mask": masked - began, "encode": encoded - masked, "decode": decoded - encoded}
+        return LatentEdit(edited, contrast, mask, f_ratio, seconds)
+
+    def find_masks(
+        self,
+        x0: Tensor,
+        references: Sequence[str | None],
+        queries: Sequence[str],
+        seeds: Sequence[int],
+        s: EditSettings,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Step 1 (section 3.2): contrast (B, h, w) in [0, 1], mask (B, h, w), F ratio (B,), all on the CPU.
+
+        Both texts see the same noise; no guidance here, it would only scale the contrast.
+        """
+        b, n = len(x0), s.mask_maps
+        contrast = torch.zeros(b, n, *x0.shape[2:])
+        texts = [(reference or "", query) for reference, query in zip(references, queries, strict=True)]
+        rows = [i for i in range(b) if texts[i][0] != texts[i][1]]
+        if rows:
+            t = self.model.schedule.time_at(s.steps, s.mask_strength)
+            z = torch.stack([row_noise(seeds[i], n, x0.shape[1:]) for i in rows]).to(x0.device)
+            x_t = add_noise(x0[rows][:, None], z, self.model.schedule.alpha(t).to(x0.device)).flatten(0, 1)
+            reference = self.model.embed_prompts([texts[i][0] for i in rows]).repeat_interleave(n, 0)
+            query = self.model.embed_prompts([texts[i][1] for i in rows]).repeat_interleave(n, 0)
+            d = noise_contrast(self._predict(x_t, t, query), self._predict(x_t, t, reference))
+            contrast[rows] = d.unflatten(0, (len(rows), n)).cpu()
+        f_ratio = significance(contrast)
+        soft = rescale(average_contrast(contrast, s.mask_clip))
+        mask = binarise(soft, s.mask_threshold) & (f_ratio >= s.mask_significance)[:, None, None]
+        return soft, mask, f_ratio
+
+    def encode(self, x0: Tensor, s: EditSettings) -> list[tuple[int, Tensor]]:
+        """Step 2 (section 3.2): DDIM encoding under ∅ up to ratio r; (time, x_t) from the clean image up."""
+        empty = self.model.embed_prompts([""]).expand(len(x0), -1, -1)
+        times = self.model.schedule.path(s.steps, s.encoding_ratio)
+        x, path = x0, [(times[0], x0)]
+        for start, end in zip(times, times[1:], strict=False):
+            # the estimate is taken at the time stepped to, the one decoding will step from: the two mirror each other
+            x = self.model.schedule.step(x, self._predict(x, end, empty), start, end)
+            path.append((end, x))
+        return path
+
+    def decode(
+        self, path: Sequence[tuple[int, Tensor]], mask: Tensor, queries: Sequence[str], s: EditSettings
+    ) -> Tensor:
+        """Step 3 (section 3.2, eq. 3): decode with the query; outside the mask, x_t at the same t, down to x0."""
+        query = self.model.embed_prompts(queries)
+        empty = self.model.embed_prompts([""]).expand_as(query)
+        start, y = path[-1]
+        m = mask[:, None].to(y.device, y.dtype)
+        for end, x in reversed(path[:-1]):
+            output = self._predict(y, start, query)
+            if s.guidance_scale != 1:
+                unconditional = self._predict(y, start, empty)
+                output = unconditional + s.guidance_scale * (output - unconditional)
+            y = self.model.schedule.step(y, output, start, end)
+            y = m * y + (1 - m) * x
+            start = end
+        return y
+
+    def _predict(self, x: Tensor, t: int, embeddings: Tensor) -> Tensor:
+        """The UNet over a batch of any length, `unet_batch` at a time."""
+        parts = zip(x.split(self.unet_batch), embeddings.split(self.unet_batch), strict=True)
+        return torch.cat([self.model.predict(latents, t, texts) for latents, texts in parts])
+
+
+def _as_array(image: ImageLike) -> NDArray[np.uint8]:
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
+        raise ValueError(f"an image must be (H, W, 3 or 4) uint8, not {image.shape} {image.dtype}")
+    return image

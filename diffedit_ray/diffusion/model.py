@@ -1,0 +1,238 @@
+"""A latent diffusion model: pixels to latents and back, prompts to embeddings, noise estimates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffedit_ray.diffusion.framing import Geometry
+from diffedit_ray.diffusion.schedule import NoiseSchedule
+from diffedit_ray.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+
+
+def checkpoint_folder(source: str) -> Path:
+    """The local folder of a checkpoint: `source` itself, or the hub's snapshot of that id.
+
+    Raises:
+        ModelError: No such folder and no such model on the hub, or no checkpoint in it.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["model_index.json", *(f"{part}/*" for part in _PARTS)]
+        try:
+            # another framework's weights, or a second precision of the same ones, would only cost disk
+            ignored = ["*.msgpack", "*.h5", "*.ot", "*.onnx*", "*.bin", "*.ckpt", "*.fp16.*", "*.non_ema.*"]
+            folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=ignored))
+        except Exception as error:  # the hub client raises many unrelated types
+            raise ModelError(
+                f"model {source!r} is neither a folder here nor a model the hub would give us "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
+            ) from error
+    missing = [p for p in ("model_index.json", *_PARTS) if not (folder / p).exists()]
+    if missing:
+        raise ModelError(
+            f"{folder} is not a Stable Diffusion checkpoint in the diffusers format: {', '.join(missing)} missing"
+        )
+    return folder
+
+
+def model_revision(source: str) -> str:
+    """Names the weights, not the place they lie: 16 hex digits of a hash over the checkpoint's files.
+
+    Raises:
+        ModelError: As `checkpoint_folder`.
+    """
+    folder = checkpoint_folder(source)
+    digest = hashlib.sha256()
+    for part in ("model_index.json", *_PARTS):
+        files = [folder / part] if part.endswith(".json") else sorted((folder / part).rglob("*"))
+        for file in files:
+            if file.is_file():
+                digest.update(f"{file.relative_to(folder).as_posix()}:{file.stat().st_size}\n".encode())
+                with file.open("rb") as stream:
+                    while chunk := stream.read(1 << 22):
+                        digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def model_geometry(source: str) -> Geometry:
+    """What sizes a checkpoint works at, read from its configuration alone.
+
+    Raises:
+        ModelError: As `checkpoint_folder`, or a configuration this method does not support.
+    """
+    folder = checkpoint_folder(source)
+    try:
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+        unet = json.loads((folder / "unet" / "config.json").read_text())
+        return _geometry(vae, unet)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: cannot read the checkpoint's configuration ({error})") from error
+
+
+def _geometry(vae: Any, unet: Any) -> Geometry:
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    side = unet["sample_size"]
+    side = side if isinstance(side, int) else max(side)
+    return Geometry(
+        native=side * factor, multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1), factor=factor
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """"auto" is the first accelerator torch sees, else the CPU.
+
+    Raises:
+        ModelError: The device's name is unknown or it is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """"auto" is float32 on CPUs, bfloat16 on GPUs that have it and float16 on the others."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float16
+
+
+@dataclass
+class LatentDiffusionModel:
+    """One replica of a Stable-Diffusion-1-style checkpoint.
+
+    Attributes:
+        vae: Pixels to latents and back.
+        unet: The noise estimate.
+        text_encoder: Token ids to embeddings.
+        tokenizer: Texts to token ids.
+        schedule: ᾱ and the time grid.
+        device: Where the weights are.
+        dtype: What they are.
+        source: What `load` was given.
+    """
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+    source: str = ""
+
+    @classmethod
+    def load(cls, source: str | Path, device: str = "auto", dtype: str = "auto") -> LatentDiffusionModel:
+        """Load a checkpoint in the diffusers folder format.
+
+        Args:
+            source: A folder, or a model id on the hub.
+            device: "auto", "cpu", "cuda", "cuda:1", "mps".
+            dtype: "auto", "float32", "bfloat16" or "float16".
+
+        Raises:
+            ModelError: Nothing there, not a Stable-Diffusion-1-style checkpoint, or no such device.
+        """
+        folder = checkpoint_folder(str(source))
+        target = resolve_device(device)
+        precision = resolve_dtype(dtype, target)
+        try:
+            parts: dict[str, Any] = {
+                "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=precision),
+                "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=precision),
+                "text_encoder": CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=precision),
+            }
+            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"{folder}: cannot load the checkpoint: {error}") from error
+        for part in parts.values():
+            part.to(target).eval().requires_grad_(False)
+        model = cls(
+            **parts,
+            tokenizer=tokenizer,
+            schedule=NoiseSchedule.from_config(scheduler),
+            device=target,
+            dtype=precision,
+            source=str(source),
+        )
+        model._check()
+        return model
+
+    def _check(self) -> None:
+        latent, unet = self.vae.config["latent_channels"], self.unet.config
+        if unet["in_channels"] != latent:
+            raise ModelError(
+                f"{self.source}: the UNet takes {unet['in_channels']} channels and the VAE gives {latent}; "
+                "inpainting and depth checkpoints are not supported, use their base model"
+            )
+        if unet.get("addition_embed_type") is not None:
+            raise ModelError(f"{self.source}: SDXL-style checkpoints are not supported, only Stable Diffusion 1 and 2")
+
+    @property
+    def geometry(self) -> Geometry:
+        """What sizes the model works at."""
+        return _geometry(self.vae.config, self.unet.config)
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """x0 = VAE mean × scaling factor: (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f) float32.
+
+        The mean, never a sample: the code of an image must not depend on chance.
+        """
+        mean = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode().float()
+        return (mean - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config["scaling_factor"]
+
+    @torch.inference_mode()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) float32 -> (B, 3, h·f, w·f) float32, clamped to [-1, 1]."""
+        latents = latents / self.vae.config["scaling_factor"] + (self.vae.config.get("shift_factor") or 0.0)
+        return self.vae.decode(latents.to(self.dtype)).sample.float().clamp(-1, 1)
+
+    @torch.inference_mode()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """(B, tokens, width) embeddings, padded and truncated as Stable Diffusion does; "" is ∅."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        attend = getattr(self.text_encoder.config, "use_attention_mask", False)
+        attention = tokens.attention_mask.to(self.device) if attend else None
+        embeddings: Tensor = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=attention)[0]
+        return embeddings
+
+    @torch.inference_mode()
+    def predict(self, latents: Tensor, time: int, embeddings: Tensor) -> Tensor:
+        """The UNet's raw output: (B, C, h, w), one time for all, (B, tokens, width) -> (B, C, h, w) float32."""
+        # a time before the grid's first means the clean image, which the network knows as its first time
+        times = torch.full((len(latents),), max(time, 0), device=self.device, dtype=torch.long)
+        output: Tensor = self.unet(latents.to(self.dtype), times, embeddings).sample
+        return output.float()

@@ -1,0 +1,60 @@
+"""What can go wrong, and the codes that a failed row carries."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class DiffEditError(Exception):
+    """Base of every error this package raises on purpose; its text is written for the user."""
+
+
+class SettingsError(DiffEditError):
+    """A setting, an option or an argument is wrong."""
+
+
+class ManifestError(DiffEditError):
+    """The manifest cannot be read or breaks its contract as a whole."""
+
+
+class ModelError(DiffEditError):
+    """The checkpoint cannot be loaded or is of a kind this method does not support."""
+
+
+class OutputError(DiffEditError):
+    """The output cannot be used, or does not hold what the job should have left there."""
+
+
+class ErrorCode(str, Enum):
+    """Why a row failed, as its record says it."""
+
+    BAD_ROW = "bad_row"
+    BAD_SETTINGS = "bad_settings"
+    BAD_URI = "bad_uri"
+    NOT_FOUND = "not_found"
+    FORBIDDEN = "forbidden"
+    FETCH_FAILED = "fetch_failed"
+    TIMEOUT = "timeout"
+    TOO_LARGE = "too_large"
+    NOT_AN_IMAGE = "not_an_image"
+    CORRUPT_IMAGE = "corrupt_image"
+    BAD_MASK = "bad_mask"
+    EDIT_FAILED = "edit_failed"
+    STORE_FAILED = "store_failed"
+
+
+class RowError(DiffEditError):
+    """One row cannot be done.
+
+    Attributes:
+        code: The machine-readable reason.
+        message: The same for a person: what happened, to which URI, what to do.
+    """
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[ErrorCode, str]]:
+        return RowError, (self.code, self.message)

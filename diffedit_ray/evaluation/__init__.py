@@ -1,0 +1,1 @@
+"""How good are the edits: metrics against known truth."""

@@ -1,0 +1,1 @@
+"""Ray Data: fetch, edit, store, and the job around them."""

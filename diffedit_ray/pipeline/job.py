@@ -1,0 +1,404 @@
+"""Builds the dataset, runs it, sums it up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from diffedit_ray.dataset import records, storage
+from diffedit_ray.dataset.manifest import (
+    Columns,
+    RowPlanner,
+    iterate_manifest,
+    manifest_files,
+    manifest_folder,
+    manifest_schema,
+    match_columns,
+)
+from diffedit_ray.dataset.records import FAILED, Done, OutputLayout
+from diffedit_ray.diffusion.model import model_geometry, model_revision
+from diffedit_ray.errors import ManifestError, OutputError
+from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields
+from diffedit_ray.settings import EditSettings, JobSettings
+
+if TYPE_CHECKING:
+    import ray.data
+
+logger = logging.getLogger(__name__)
+
+IO_CPUS = 0.25
+"""CPUs a fetch or store task asks Ray for; they mostly wait."""
+
+SHOWN_IDS = 10
+
+
+@dataclass
+class JobSummary:
+    """How a run ended.
+
+    Attributes:
+        output: Where the results are.
+        rows: Distinct rows in the manifest.
+        duplicates: Further rows equal to one of those in everything; edited once.
+        done_before: Rows that were recorded already and cost nothing now.
+        edited, unchanged, failed: Records of the manifest's rows, by status, after the run.
+        errors: Error code -> failed rows.
+        seconds: The run's duration.
+        edited_now: Rows this run worked on.
+        interrupted: Whether it was stopped from outside.
+        max_failed: The share of failed rows the user accepts.
+    """
+
+    output: str
+    rows: int
+    duplicates: int = 0
+    done_before: int = 0
+    edited: int = 0
+    unchanged: int = 0
+    failed: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    edited_now: int = 0
+    interrupted: bool = False
+    max_failed: float = 1.0
+
+    @property
+    def exit_code(self) -> int:
+        """0 fine, 3 more failures than accepted, 130 interrupted."""
+        if self.interrupted:
+            return 130
+        return 3 if self.rows and self.failed / self.rows > self.max_failed else 0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the driver knows of a manifest before any work is done."""
+
+    ids: set[str]
+    pending: int
+    duplicates: int
+
+
+def edit_dataset(
+    ds: ray.data.Dataset,
+    settings: EditSettings | None = None,
+    *,
+    model: str,
+    job: JobSettings | None = None,
+    base_uri: str = ".",
+) -> ray.data.Dataset:
+    """The pipeline as one lazy stage of somebody else's Ray Data program.
+
+    Args:
+        ds: Rows with the manifest's columns.
+        settings: The method's settings; a row's own columns override them.
+        model: A checkpoint folder or hub id.
+        job: The run's settings; those of the output and of resuming do not apply here.
+        base_uri: What relative image URIs are relative to.
+
+    Returns:
+        One row a row: its record, the carried columns, and ``edited_image`` and ``mask_image``,
+        the encoded files (null unless edited).
+
+    Raises:
+        ManifestError: A required column is missing.
+        ModelError: The checkpoint is not one.
+
+    Example:
+        >>> import ray
+        >>> from diffedit_ray import EditSettings, edit_dataset
+        >>> from diffedit_ray.demo import demo_manifest, demo_model
+        >>> ds = ray.data.read_parquet(str(demo_manifest())).limit(2)
+        >>> edited = edit_dataset(
+        ...     ds, EditSettings(steps=10), model=str(demo_model()), base_uri=str(demo_manifest().parent)
+        ... )
+        >>> sorted(row["status"] for row in edited.take_all())
+        ['edited', 'edited']
+    """
+    job = job or JobSettings()
+    found = ds.schema()
+    if found is None:
+        raise ManifestError("the dataset is empty: it has no columns")
+    schema = pa.schema(list(zip(found.names, (_arrow_type(t) for t in found.types), strict=True)))
+    columns = match_columns(schema, job.columns)
+    planner = RowPlanner(columns, settings or EditSettings(), model_revision(model), job.image_format)
+    edited = _edited(ds, planner, model, job, storage.absolute(base_uri), None)
+    collect = Collect(model_geometry(model), job, records.record_schema(carried_fields(columns)))
+    return edited.map_batches(collect, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)
+
+
+def _arrow_type(kind: Any) -> pa.DataType:
+    return kind if isinstance(kind, pa.DataType) else pa.string() if kind is object else pa.from_numpy_dtype(kind)
+
+
+def _edited(
+    ds: ray.data.Dataset, planner: RowPlanner, model: str, job: JobSettings, base_uri: str, done: Done | None
+) -> ray.data.Dataset:
+    """plan → fetch → edit, lazily."""
+    import ray
+
+    geometry = model_geometry(model)
+    blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+    plan = Plan(planner, model, None if done is None else ray.put(done))
+    rows = ds.map_batches(plan, num_cpus=IO_CPUS, **blocks)
+    # a block is a batch, from here to its record file: small enough to share out, and all that one bad block can hurt
+    rows = rows.repartition(target_num_rows_per_block=job.batch_size)
+    rows = rows.map_batches(Fetch(geometry, base_uri, job), num_cpus=IO_CPUS, **blocks)
+    replicas = _replicas(job)
+    return rows.map_batches(
+        Edit,
+        fn_constructor_kwargs={
+            "source": model,
+            "device": replicas.device,
+            "dtype": job.dtype,
+            "threads": replicas.threads,
+            "geometry": geometry,
+        },
+        compute=ray.data.ActorPoolStrategy(
+            min_size=replicas.least, max_size=replicas.most, max_tasks_in_flight_per_actor=2
+        ),
+        num_cpus=replicas.cpus,
+        num_gpus=replicas.gpus,
+        **blocks,
+    )
+
+
+@dataclass(frozen=True)
+class _Replicas:
+    """How many model replicas run, on what."""
+
+    least: int
+    most: int
+    device: str
+    gpus: float | None
+    cpus: float
+    threads: int | None
+
+
+def _replicas(job: JobSettings) -> _Replicas:
+    """One GPU an actor where the cluster has any, else CPU actors that share the cores out."""
+    import ray
+
+    have = ray.cluster_resources()
+    gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 1.0)
+    if job.device == "auto" and gpus or job.device.startswith("cuda"):
+        most = max(job.max_actors or gpus, job.min_actors, 1)
+        return _Replicas(job.min_actors, most, "cuda" if job.device == "auto" else job.device, 1, 1.0, job.threads)
+    most = max(job.max_actors or job.min_actors, job.min_actors)
+    threads = job.threads or max(1, int(cpus) // most)
+    # fetch and store need a CPU of their own, however many actors there are
+    share = min(max(0.5, threads - 1), (cpus - 1) / most) if cpus > 1 else 0.5 / most
+    share = int(share) if share >= 1 else round(share, 3)  # Ray takes no fractions above 1
+    return _Replicas(job.min_actors, most, job.device if job.device != "auto" else "cpu", None, share, threads)
+
+
+def run_edit_job(
+    manifest: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str],
+    settings: EditSettings | None = None,
+    job: JobSettings | None = None,
+    progress: Callable[[int, Mapping[str, int]], None] | None = None,
+) -> JobSummary:
+    """The whole job: edit every row of a manifest that has no record yet.
+
+    Images and masks are written first and the record last, so that a run stopped anywhere
+    is carried on by running it again.
+
+    Args:
+        manifest: A Parquet file, a folder of them or a glob.
+        output: Where images, masks and records go.
+        model: A checkpoint folder or hub id.
+        settings: The method's settings.
+        job: The run's settings.
+        progress: Called with the number of rows to do and the counts by status so far.
+
+    Raises:
+        ManifestError: The manifest cannot be read, lacks a column, or repeats an id.
+        ModelError: The checkpoint is not one.
+        OutputError: The output cannot be written, or after the run a row has no record.
+
+    Example:
+        >>> import tempfile
+        >>> from diffedit_ray import EditSettings, JobSettings, run_edit_job
+        >>> from diffedit_ray.demo import demo_manifest, demo_model
+        >>> with tempfile.TemporaryDirectory() as output:
+        ...     summary = run_edit_job(
+        ...         demo_manifest(), output, model=demo_model(), settings=EditSettings(steps=10)
+        ...     )
+        >>> summary.edited > 20, summary.failed
+        (True, 1)
+    """
+    began = time.monotonic()
+    started = datetime.now(timezone.utc)
+    settings, job = settings or EditSettings(), job or JobSettings()
+    manifest, output = storage.absolute(os.fspath(manifest)), storage.absolute(os.fspath(output))
+    model = os.fspath(model)
+    model = storage.absolute(model) if os.path.isdir(os.path.expanduser(model)) else model
+    revision = model_revision(model)
+    files = manifest_files(manifest)
+    columns = match_columns(manifest_schema(files), job.columns)
+    planner = RowPlanner(columns, settings, revision, job.image_format)
+    layout = OutputLayout(output)
+    if job.overwrite:
+        for part in ("records", "images", "masks", "_run"):
+            storage.remove(storage.join(output, part), recursive=True)
+    done = records.read_done(output, job.retry_failed)
+    plan = _plan(files, columns, planner, done)
+    summary = JobSummary(output, rows=len(plan.ids), duplicates=plan.duplicates, max_failed=job.max_failed)
+    summary.done_before = len(plan.ids) - plan.pending
+    logger.info("%d rows, %d recorded already, %d to do", summary.rows, summary.done_before, plan.pending)
+    records.write_json(
+        layout.config,
+        {
+            "manifest": manifest,
+            "output": output,
+            "model": model,
+            "model_revision": revision,
+            "started_at": started.isoformat(),
+            "settings": settings.model_dump(),
+            "job": job.model_dump(),
+            "record_schema_version": records.SCHEMA_VERSION,
+            "versions": _versions(),
+        },
+    )
+    try:
+        if plan.pending:
+            _run(files, planner, model, job, layout, manifest_folder(manifest), done, plan.pending, summary, progress)
+    except KeyboardInterrupt:
+        summary.interrupted = True
+    finally:
+        records.compact(output)
+        _count(summary, plan.ids)
+        summary.seconds = time.monotonic() - began
+        ended = datetime.now(timezone.utc).isoformat()
+        records.write_json(layout.summary, {**asdict(summary), "exit_code": summary.exit_code, "ended_at": ended})
+    if not summary.interrupted:
+        _reconcile(output, plan.ids)
+    return summary
+
+
+def _run(
+    files: list[str],
+    planner: RowPlanner,
+    model: str,
+    job: JobSettings,
+    layout: OutputLayout,
+    base_uri: str,
+    done: Done,
+    pending: int,
+    summary: JobSummary,
+    progress: Callable[[int, Mapping[str, int]], None] | None,
+) -> None:
+    """Drive the rows through the stages, counting what comes out."""
+    import ray.data
+
+    start_ray()
+    fs, _ = storage.filesystem(files[0])
+    paths = [storage.filesystem(file)[1] for file in files]
+    ds = ray.data.read_parquet(paths, filesystem=storage.arrow_filesystem(fs))
+    edited = _edited(ds, planner, model, job, base_uri, done)
+    store = Store(model_geometry(model), job, layout, records.record_schema(carried_fields(planner.columns)))
+    stored = edited.map_batches(store, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)
+    counts: Counter[str] = Counter()
+    if progress is not None:
+        progress(pending, counts)
+    for batch in stored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        counts.update(batch["status"].to_pylist())
+        summary.edited_now = sum(counts.values())
+        if progress is not None:
+            progress(pending, counts)
+
+
+def start_ray() -> None:
+    """Join the cluster of the environment, or start Ray on this machine, quietly."""
+    import ray
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return
+    # at their defaults both print of things no user of this package can act on
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not os.environ.get("RAY_ADDRESS"):
+        # fewer than two and the actor would leave no room for the tasks that feed it
+        options.update(address="local", include_dashboard=False, num_cpus=max(2, os.cpu_count() or 2))
+    ray.init(**options)
+
+
+def _plan(files: list[str], columns: Columns, planner: RowPlanner, done: Done) -> _Plan:
+    """Read the manifest once on the driver: count it, and refuse an id that names two different rows."""
+    fingerprints: dict[str, str] = {}
+    repeated: list[str] = []
+    duplicates = pending = 0
+    for table in iterate_manifest(files, list(columns.source.values())):
+        for row in table.to_pylist():
+            planned = planner.plan(row)
+            known = fingerprints.get(planned.id)
+            if known is None:
+                fingerprints[planned.id] = planned.fingerprint
+                pending += done.fingerprints.get(planned.id) != planned.fingerprint
+            elif known == planned.fingerprint:
+                duplicates += 1
+            else:
+                repeated.append(planned.id)
+    if repeated:
+        raise ManifestError(
+            f"{len(repeated)} rows repeat the id of an earlier, different row: {_shown(repeated)}. "
+            "Ids must be unique; without an id column they are derived"
+        )
+    if not fingerprints:
+        logger.warning("the manifest has no rows")
+    return _Plan(set(fingerprints), pending, duplicates)
+
+
+def _count(summary: JobSummary, ids: set[str]) -> None:
+    table = records.read_records(summary.output, ["id", "status", "error_code"])
+    statuses: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
+    for row in table.to_pylist():
+        if row["id"] in ids:
+            statuses[row["status"]] += 1
+            if row["status"] == FAILED:
+                errors[row["error_code"]] += 1
+    summary.edited, summary.unchanged, summary.failed = (statuses[s] for s in records.STATUSES)
+    summary.errors = dict(errors.most_common())
+
+
+def _reconcile(output: str, ids: set[str]) -> None:
+    """Every row has its record: rows in = records out, per id.
+
+    Raises:
+        OutputError: With the ids that have none.
+    """
+    missing = ids - set(records.read_records(output, ["id"])["id"].to_pylist())
+    if missing:
+        raise OutputError(
+            f"{len(missing)} rows have no record after the run: {_shown(sorted(missing))}. "
+            "Run the same command again; if it happens twice, please report it"
+        )
+
+
+def _shown(ids: list[str]) -> str:
+    return ", ".join(ids[:SHOWN_IDS]) + (", …" if len(ids) > SHOWN_IDS else "")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("diffedit_ray", "ray", "torch", "diffusers", "transformers", "pyarrow", "fsspec", "pillow")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
