@@ -1,10 +1,18 @@
-"""The embedded model's autoencoder: 128×128×3 pixels to 16×16×16 latents and back."""
+"""The embedded model's autoencoder: 128×128×3 pixels to 16×16×16 latents and back.
+
+Its latent is a linear code, the principal components of 8×8 patches. The encoder computes
+it exactly, so it is written down rather than trained, and the denoiser can be trained at
+the same time as the decoder. The decoder starts as the best linear one and is trained from
+there: at this downsampling, an autoencoder that starts from noise spends its first hours
+finding any code at all.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,18 +24,68 @@ from diffedit_ray.demo.training.loop import Recipe, train
 
 logger = logging.getLogger(__name__)
 
-PATCH = 8
 LATENT_CHANNELS = 16
 POSTERIOR_STD = 0.03
+GROUPS = 4
+_PAIRS = {2: 12, 4: 32, 8: LATENT_CHANNELS}  # patch side -> components that pass through that level
+_LOUD = 50.0
 
 
-def build_autoencoder(scaling_factor: float = 1.0) -> AutoencoderKL:
-    """An untrained autoencoder that starts almost linear.
+@dataclass(frozen=True)
+class PatchCode:
+    """A linear code of non-overlapping patches: ``F.conv2d(x, weight, bias, stride=side)``.
 
-    Residual branches start at zero, upsampling convolutions at the identity and shortcuts
-    orthogonal, so that from the first step colours find their way through.
+    Attributes:
+        side: Of a patch, pixels.
+        weight: (components, 3, side, side).
+        bias: (components,).
+        inverse: (components, 3, side, side), patch = Σ code · inverse + mean.
+        mean: (3, side, side).
     """
-    vae = AutoencoderKL(
+
+    side: int
+    weight: Tensor
+    bias: Tensor
+    inverse: Tensor
+    mean: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.weight, self.bias, stride=self.side)
+
+
+def patch_code(images: Tensor, side: int, components: int, flatten: float = 0.0) -> PatchCode:
+    """The first principal components of (N, 3, H, W) images' patches.
+
+    Args:
+        images: In [-1, 1].
+        side: Of a patch.
+        components: Kept.
+        flatten: Component k's standard deviation is divided by its ``flatten``-th power: 0 keeps
+            the spread the components have, 1 whitens them.
+    """
+    patches = F.unfold(images, side, stride=side).transpose(1, 2).reshape(-1, 3 * side * side)
+    mean = patches.mean(0)
+    _, spread, axes = torch.linalg.svd(patches - mean, full_matrices=False)
+    std = spread[:components] / len(patches) ** 0.5
+    scale = std**flatten * std[0] ** (0.5 if flatten else 0.0)
+    weight = axes[:components] / scale[:, None]
+    shape = (components, 3, side, side)
+    inverse = (axes[:components] * scale[:, None]).reshape(shape)
+    return PatchCode(side, weight.reshape(shape), -(weight @ mean), inverse, mean.reshape(shape[1:]))
+
+
+def latent_code(images: Tensor) -> PatchCode:
+    """The latent: half-way between the components' own spread and whitened.
+
+    Whitened outright, the faintest detail would get as much of the latent as the colours;
+    not at all, and it would drown in the noise.
+    """
+    return patch_code(images, 8, LATENT_CHANNELS, flatten=0.5)
+
+
+def build_autoencoder(scaling_factor: float) -> AutoencoderKL:
+    """An autoencoder of the shape we train, its weights not yet set."""
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         block_out_channels=(16, 32, 64, 128),
@@ -35,41 +93,127 @@ def build_autoencoder(scaling_factor: float = 1.0) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
+        norm_num_groups=GROUPS,
         mid_block_add_attention=False,
         sample_size=128,
         scaling_factor=scaling_factor,
         force_upcast=False,
     )
-    for name, parameter in vae.named_parameters():
-        if ".conv2." in name:
-            nn.init.zeros_(parameter)
-        elif "upsamplers" in name and parameter.ndim == 4:
-            nn.init.dirac_(parameter)
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
-        elif parameter.ndim == 4 and ("conv_shortcut" in name or name == "decoder.conv_in.weight"):
-            nn.init.orthogonal_(parameter)
-    return vae
 
 
-def patch_components(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Principal components of 8×8 patches, as the weight and bias of a stride-8 convolution.
-
-    Each code's standard deviation is the square root of its share of the first one's: whitening
-    outright would give the faintest detail as much room in the latent as the colours.
+@torch.no_grad()
+def linear_autoencoder(images: Tensor) -> tuple[AutoencoderKL, PatchCode]:
+    """An autoencoder whose encoder is `latent_code` and whose decoder is linear, fitted to `images`.
 
     Args:
-        images: (N, 3, H, W) in [-1, 1].
-
-    Returns:
-        Weight (16, 3, 8, 8) and bias (16,).
+        images: (N, 3, 128, 128) in [-1, 1].
     """
-    patches = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, 3 * PATCH * PATCH)
-    mean = patches.mean(0)
-    _, spread, axes = torch.linalg.svd(patches - mean, full_matrices=False)
-    std = spread[:LATENT_CHANNELS] / len(patches) ** 0.5
-    weight = axes[:LATENT_CHANNELS] / (std * std[0]).sqrt()[:, None]
-    return weight.reshape(-1, 3, PATCH, PATCH), -(weight @ mean)
+    code = latent_code(images)
+    vae = build_autoencoder(1 / float(code(images).square().mean().sqrt()))
+    for name, parameter in vae.named_parameters():
+        if ".conv2." in name or "conv_shortcut" in name or name.endswith("conv_in.weight"):
+            nn.init.zeros_(parameter)  # residual branches are silent at first
+        if "quant_conv" in name or ("bias" in name and "norm" not in name):
+            nn.init.zeros_(parameter)
+    for convolution in (vae.quant_conv, vae.post_quant_conv):
+        nn.init.dirac_(convolution.weight)
+    middle = patch_code(images, 4, _PAIRS[4])
+    _write_encoder(vae.encoder, code, middle)
+    _fit_decoder(vae.decoder, code, middle, images)
+    return vae, code
+
+
+def _write_encoder(encoder: nn.Module, code: PatchCode, middle: PatchCode) -> None:
+    """Patches of 2, 4 and 8 pixels in turn, each gathered by one strided convolution."""
+    nn.init.dirac_(encoder.conv_in.weight)
+    blocks = encoder.down_blocks
+    pixels = blocks[0].downsamplers[0].conv.weight.zero_()
+    for c in range(3):
+        for dy in range(2):
+            for dx in range(2):
+                pixels[4 * c + 2 * dy + dx, c, dy, dx] = 1
+    _pass_through(blocks[1].resnets[0].conv_shortcut)
+    gather = blocks[1].downsamplers[0].conv
+    gather.weight.zero_()
+    # (k, 3, 4, 4) -> (k, 12, 2, 2): the 4×4 patch as 2×2 cells of the level above's 12 channels
+    split = middle.weight.reshape(_PAIRS[4], 3, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(-1, 12, 2, 2)
+    gather.weight[: _PAIRS[4], :12, :2, :2] = split
+    gather.bias[: _PAIRS[4]] = middle.bias
+    _pass_through(blocks[2].resnets[0].conv_shortcut)
+    gather = blocks[2].downsamplers[0].conv
+    gather.weight.zero_()
+    # an 8×8 patch is four 4×4 ones, each its mean plus components: write the code in terms of those
+    quarters = code.weight.reshape(LATENT_CHANNELS, 3, 2, 4, 2, 4).permute(0, 2, 4, 1, 3, 5)
+    through = torch.einsum("kyxcij,mcij->kmyx", quarters, middle.inverse)
+    gather.weight[:LATENT_CHANNELS, : _PAIRS[4], :2, :2] = through
+    gather.bias[:LATENT_CHANNELS] = code.bias + torch.einsum("kyxcij,cij->k", quarters, middle.mean)
+    _pass_linearly(
+        blocks[3].resnets[0].conv_shortcut, encoder.conv_norm_out, encoder.conv_out, LATENT_CHANNELS, groups=2
+    )
+    encoder.conv_out.bias[LATENT_CHANNELS:] = 2 * math.log(POSTERIOR_STD)
+
+
+def _fit_decoder(decoder: nn.Module, code: PatchCode, middle: PatchCode, images: Tensor) -> None:
+    """Each upsampling convolution is the least-squares one to the patches of half the size."""
+    nn.init.dirac_(decoder.conv_in.weight)
+    blocks = decoder.up_blocks
+    cells = F.pixel_unshuffle(images, 2)
+    known = code(images)
+    for target, block in zip((middle(images), cells, images), blocks, strict=False):
+        known = _least_squares(block.upsamplers[0].conv, known, target)
+    _pass_through(blocks[1].resnets[0].conv_shortcut)
+    _pass_through(blocks[2].resnets[0].conv_shortcut)
+    _pass_linearly(blocks[3].resnets[0].conv_shortcut, decoder.conv_norm_out, decoder.conv_out, 3, groups=3)
+    # the residual branch behind the loud channels should see the quiet ones at their own size
+    blocks[3].resnets[1].norm1.weight.copy_(decoder.conv_norm_out.weight.clamp_min(1))
+
+
+def _pass_through(shortcut: nn.Conv2d) -> None:
+    """A 1×1 convolution that hands on as many channels as it can."""
+    nn.init.dirac_(shortcut.weight)
+
+
+def _pass_linearly(shortcut: nn.Conv2d, norm: nn.GroupNorm, out: nn.Conv2d, channels: int, groups: int) -> None:
+    """Take `channels` through shortcut → GroupNorm → SiLU → convolution as if the middle two were not there.
+
+    Each channel travels as x and −x, since silu(x) − silu(−x) = x; each group also holds a
+    loud constant and its negative, which alone set its statistics.
+    """
+    size = norm.num_channels // norm.num_groups
+    share = -(-channels // groups)
+    shortcut.weight.zero_()
+    out.weight.zero_()
+    norm.weight.fill_(1)
+    norm.bias.zero_()
+    for channel in range(channels):
+        at = (channel // share) * size + 2 * (channel % share)
+        shortcut.weight[at, channel], shortcut.weight[at + 1, channel] = 1, -1
+        norm.weight[at : at + 2] = _LOUD * math.sqrt(2 / size)
+        out.weight[channel, at, 1, 1], out.weight[channel, at + 1, 1, 1] = 1, -1
+    for group in range(groups):
+        loud = (group + 1) * size - 2
+        shortcut.bias[loud], shortcut.bias[loud + 1] = _LOUD, -_LOUD
+
+
+def _least_squares(convolution: nn.Conv2d, source: Tensor, target: Tensor) -> Tensor:
+    """Set a 3×3 convolution after nearest upsampling to map `source` to `target` best; returns what it gives."""
+    upsampled = F.interpolate(source, scale_factor=2.0, mode="nearest")
+    n = source.shape[1] * 9 + 1
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    moment = torch.zeros(n, target.shape[1], dtype=torch.float64)
+    for some, wanted in zip(upsampled.split(16), target.split(16), strict=True):
+        x = F.unfold(some, 3, padding=1).transpose(1, 2).reshape(-1, n - 1).double()
+        x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+        gram += x.T @ x
+        moment += x.T @ wanted.flatten(2).transpose(1, 2).reshape(-1, target.shape[1]).double()
+    solution = torch.linalg.solve(gram + 1e-4 * torch.eye(n, dtype=torch.float64), moment).float()
+    inputs, outputs = source.shape[1], target.shape[1]
+    weight = solution[:-1].T.reshape(outputs, inputs, 3, 3)
+    convolution.weight.copy_(0.02 * torch.randn_like(convolution.weight))
+    convolution.weight[:outputs] = 0
+    convolution.weight[:outputs, :inputs] = weight
+    convolution.bias[:outputs] = solution[-1]
+    return F.conv2d(upsampled, weight, solution[-1], padding=1)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -88,43 +232,35 @@ def psnr(output: Tensor, target: Tensor) -> Tensor:
 def train_autoencoder(
     images: Tensor, held_out: Tensor, *, workdir: Path, seed: int, steps: int, batch: int, device: torch.device
 ) -> AutoencoderKL:
-    """Train on uint8 images (N, 3, 128, 128), reporting PSNR on `held_out` as it goes.
+    """Train the decoder on uint8 images (N, 3, 128, 128), reporting PSNR on `held_out` as it goes."""
 
-    The encoder is taught the linear code of `patch_components`: a deep VAE that has to find
-    a code of its own at this downsampling spends its first hours doing so, and this one is
-    known before training starts, so that the denoiser can be trained at the same time.
-    """
+    def unit(pixels: Tensor) -> Tensor:
+        return pixels.to(device, torch.float32) / 127.5 - 1
+
     torch.manual_seed(seed)
-    vae = build_autoencoder().to(device)
-    to_unit = lambda x: x.to(device, torch.float32) / 127.5 - 1  # noqa: E731
-    weight, bias = patch_components(to_unit(images[:512]))
-    test = to_unit(held_out[:64])
+    vae, code = linear_autoencoder(unit(images[:512]).cpu())
+    vae.to(device).requires_grad_(False)
+    test = unit(held_out[:64])
+    with torch.no_grad():
+        mean = vae.encode(test).latent_dist.mean
+        error = (mean - code(test.cpu()).to(device)).square().mean() / mean.var()
+        logger.info(
+            "autoencoder: the encoder explains all but %.2e of the code; PSNR of the linear decoder %.2f dB",
+            error, psnr(vae.decode(mean).sample, test).mean(),
+        )  # fmt: skip
+    decoder = vae.decoder.requires_grad_(True)
 
     def step(index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        x = to_unit(images[torch.randint(len(images), (batch,), generator=generator)])
-        posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        code = F.conv2d(x, weight, bias, stride=PATCH)
-        # the first quarter teaches the two halves apart; then the decoder learns the encoder's own code
-        z = code if index < steps // 4 else posterior.mean
-        z = z + POSTERIOR_STD * noise
-        likeness = F.mse_loss(posterior.mean, code)
-        spread = (posterior.logvar - 2 * math.log(POSTERIOR_STD)).square().mean()
-        reconstruction = reconstruction_loss(vae.decode(z).sample, x)
-        loss = reconstruction + likeness + 1e-3 * spread
-        return {"loss": loss, "reconstruction": reconstruction, "likeness": likeness, "spread": spread}
+        x = unit(images[torch.randint(len(images), (batch,), generator=generator)])
+        with torch.no_grad():
+            mean = vae.encode(x).latent_dist.mean
+        z = mean + POSTERIOR_STD * torch.randn(mean.shape, generator=generator).to(device)
+        return {"loss": reconstruction_loss(decoder(z), x)}
 
     def report(index: int) -> None:
-        mean = vae.encode(test).latent_dist.mean
-        db = psnr(vae.decode(mean).sample, test)
-        code = F.conv2d(test, weight, bias, stride=PATCH)
-        linear = psnr(vae.decode(code).sample, test)
-        stds = mean.std((0, 2, 3))
-        logger.info(
-            "autoencoder: step %d held-out PSNR %.2f dB (%.2f from the linear code), channel std %.2f to %.2f",
-            index, db.mean(), linear.mean(), stds.min(), stds.max(),
-        )  # fmt: skip
+        db = psnr(vae.decode(vae.encode(test).latent_dist.mean).sample, test)
+        logger.info("autoencoder: step %d held-out PSNR %.2f dB, worst %.2f", index, db.mean(), db.min())
 
-    recipe = Recipe(steps=steps, learning_rate=2e-3, ema=0.995)
-    train("autoencoder", vae, step, recipe, workdir=workdir, seed=seed, on_checkpoint=report)
-    return vae
+    recipe = Recipe(steps=steps, learning_rate=1e-3, ema=0.995)
+    train("autoencoder", decoder, step, recipe, workdir=workdir, seed=seed, on_checkpoint=report)
+    return vae.eval()
