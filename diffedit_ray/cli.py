@@ -46,14 +46,16 @@ def _option(name: str, info: FieldInfo) -> inspect.Parameter:
     if kind is bool:
         flag = f"{flag}/--no-{flag[2:]}" if info.default else flag
     if get_origin(kind) is not Literal and get_args(kind) and list[str] not in get_args(kind):
-        kind = [k for k in get_args(kind) if k is not type(None)][0] | None
+        kind = next(k for k in get_args(kind) if k is not type(None)) | None
     annotation = Annotated[kind, typer.Option(flag, help=help_text, metavar=metavar)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every field of both settings as an option; it receives them built, as `settings` and `job`."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in ("settings", "job")]
+    own = [
+        p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in ("settings", "job")
+    ]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     models: tuple[type[BaseModel], ...] = (EditSettings, JobSettings)
     fields = [(m, name, info) for m in models for name, info in m.model_fields.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
 class DiffEditError(Exception):
@@ -25,7 +25,7 @@ class OutputError(DiffEditError):
     """The output cannot be used, or does not hold what the job should have left there."""
 
 
-class ErrorCode(str, Enum):
+class ErrorCode(StrEnum):
     """Why a row failed, as its record says it."""
 
     BAD_ROW = "bad_row"

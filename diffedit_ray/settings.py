@@ -37,9 +37,7 @@ def explain(error: ValidationError) -> str:
 class EditSettings(_Settings):
     """How one image is edited. Every field can also be a manifest column, for that row alone."""
 
-    steps: int = Field(
-        50, ge=2, le=1000, description="Steps of the DDIM grid over the whole noise range (paper: 50)."
-    )
+    steps: int = Field(50, ge=2, le=1000, description="Steps of the DDIM grid over the whole noise range (paper: 50).")
     encoding_ratio: float = Field(
         0.8,
         gt=0,

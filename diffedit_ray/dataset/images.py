@@ -42,6 +42,8 @@ def decode_image(data: bytes, uri: str, *, max_pixels: int) -> Picture:
     """
     if not data:
         raise RowError(ErrorCode.NOT_AN_IMAGE, f"{uri} is empty (0 bytes)")
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has a limit of its own, and the user's may be higher
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit replaces Pillow's bomb warning
@@ -115,9 +117,11 @@ def encode_image(pixels: NDArray[np.uint8], image_format: str, icc_profile: byte
         icc_profile: Kept in the file if given.
     """
     image = Image.fromarray(pixels)
-    options: dict[str, object] = {"png": {}, "webp": {"lossless": True}, "jpg": {"quality": 95, "subsampling": 0}}[
-        image_format
-    ]
+    options: dict[str, object] = {
+        "png": {},
+        "webp": {"lossless": True, "exact": True},  # exact: or the colours below full transparency are dropped
+        "jpg": {"quality": 95, "subsampling": 0},
+    }[image_format]
     if image_format == "jpg" and image.mode == "RGBA":
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")

@@ -32,27 +32,33 @@ def manifest_files(uri: str) -> list[str]:
     """
     try:
         fs, path = storage.filesystem(uri)
+        fs.invalidate_cache()  # as in storage.list_files
         if any(c in path for c in "*?["):
             found = sorted(fs.glob(path))
-        elif fs.isdir(path):
-            found = sorted(p for p in fs.find(path) if p.endswith(".parquet") and "/." not in p[len(path) :])
+        elif fs.isfile(path):
+            found = [path]
         else:
-            found = [path] if fs.exists(path) else []
+            found = sorted(p for p in fs.find(path) if p.endswith(".parquet") and "/." not in p[len(path) :])
     except DiffEditError as error:
         raise ManifestError(str(error)) from None
     if not found:
         raise ManifestError(f"no manifest at {uri}: expected a Parquet file, a folder of them, or a glob")
+    nameless = [p for p in found if "." not in p.rsplit("/", 1)[-1]]
+    if nameless:
+        raise ManifestError(f"{nameless[0]} has no file name extension; call it {nameless[0]}.parquet")
     return [fs.unstrip_protocol(p) if storage.has_scheme(uri) else p for p in found]
 
 
 def manifest_folder(uri: str) -> str:
     """What relative image URIs are relative to: the manifest's folder; for a glob, the folder before its first star."""
     path = uri.rstrip("/")
+    if not any(mark in path for mark in "*?["):
+        fs, location = storage.filesystem(path)
+        if fs.isdir(location) and not fs.isfile(location):
+            return path
     for mark in "*?[":
         path = path.split(mark)[0]
-    if path != uri.rstrip("/") or path.endswith(".parquet"):
-        path = path.rsplit("/", 1)[0]
-    return path
+    return path.rsplit("/", 1)[0]
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,13 @@ def match_columns(schema: pa.Schema, renames: Mapping[str, str]) -> Columns:
     names = schema.names
     for wanted, own in renames.items():
         if wanted not in CONTRACT:
-            raise ManifestError(f"--columns {wanted}={own}: no such column in the contract; it knows {', '.join(CONTRACT)}")
+            raise ManifestError(
+                f"--columns {wanted}={own}: no such column in the contract; it knows {', '.join(CONTRACT)}"
+            )
         if own not in names:
-            raise ManifestError(f"--columns {wanted}={own}: the manifest has no column {own!r}; it has {', '.join(names)}")
+            raise ManifestError(
+                f"--columns {wanted}={own}: the manifest has no column {own!r}; it has {', '.join(names)}"
+            )
     source = {c: renames.get(c, c) for c in CONTRACT if renames.get(c, c) in names}
     # a column renamed to something else no longer stands for its own name
     taken = set(renames.values())
@@ -212,9 +222,7 @@ class RowPlanner:
         row_id = str(own_id) if has_own_id else fingerprint
         if has_own_id and (problem := _id_error(row_id)):
             error = error or problem
-        return PlannedRow(
-            row_id, fingerprint, image_uri, reference, query, mask_uri, seed, settings, error, has_own_id
-        )
+        return PlannedRow(row_id, fingerprint, image_uri, reference, query, mask_uri, seed, settings, error, has_own_id)
 
 
 def derived_seed(image_uri: str) -> int:

@@ -157,6 +157,23 @@ def _read_file(uri: str, columns: list[str] | None) -> pa.Table:
         raise OutputError(f"{uri} is not a readable record file: {error}") from error
 
 
+def check_types(output: str, schema: pa.Schema) -> None:
+    """Refuse a run whose records could not stand in one table with those the output holds.
+
+    Raises:
+        OutputError: A carried column has another type there.
+    """
+    for uri in storage.list_files(OutputLayout(storage.absolute(output)).records, ".parquet"):
+        try:
+            with storage.open_read(uri) as stream:
+                held = pq.read_schema(stream)
+            pa.unify_schemas([held.remove_metadata(), schema.remove_metadata()], promote_options="permissive")
+        except (pa.ArrowException, OSError) as error:
+            raise OutputError(
+                f"{uri} does not go with this manifest: {error}. Use another output, or give the column its old type"
+            ) from error
+
+
 def newest(records: pa.Table) -> pa.Table:
     """Only the latest record of each id, in the order of the table."""
     order = pa.chunked_array([pa.array(range(len(records)), pa.int64())])

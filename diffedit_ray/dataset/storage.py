@@ -113,6 +113,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 def list_files(uri: str, suffix: str) -> list[str]:
     """The URIs of the files directly below `uri` that end in `suffix`, sorted; none if there is no such folder."""
     fs, path = filesystem(uri)
+    fs.invalidate_cache()  # s3fs remembers listings, and other processes have written since
     try:
         found = fs.ls(path, detail=False)
     except FileNotFoundError:

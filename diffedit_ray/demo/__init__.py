@@ -8,12 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffedit_ray.settings import EditSettings
+
 _ASSETS = Path(__file__).parent / "assets"
+
+CLASSIFIER = "classifier.safetensors"
+"""Beside the checkpoint: the judge of edit success (`evaluation.judge.ObjectClassifier`)."""
 
 
 def demo_model() -> Path:
     """The folder of the embedded checkpoint, in the diffusers format."""
     return _ASSETS / "model"
+
+
+def demo_settings() -> EditSettings:
+    """The settings that suit the embedded model; the demo's manifest carries them as columns."""
+    return EditSettings(mask_threshold=0.4, guidance_scale=5.0)
 
 
 def demo_manifest() -> Path:

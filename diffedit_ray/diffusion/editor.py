@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -236,7 +237,7 @@ class DiffEditor:
         empty = self.model.embed_prompts([""]).expand(len(x0), -1, -1)
         times = self.model.schedule.path(s.steps, s.encoding_ratio)
         x, path = x0, [(times[0], x0)]
-        for start, end in zip(times, times[1:], strict=False):
+        for start, end in itertools.pairwise(times):
             # the estimate is taken at the time stepped to, the one decoding will step from: the two mirror each other
             x = self.model.schedule.step(x, self._predict(x, end, empty), start, end)
             path.append((end, x))

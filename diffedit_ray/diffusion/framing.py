@@ -131,9 +131,7 @@ def unfit(image: NDArray[np.uint8], frame: Frame) -> NDArray[np.uint8]:
     return np.asarray(content.resize((frame.width, frame.height), Image.Resampling.LANCZOS))
 
 
-def paste_back(
-    original: NDArray[np.uint8], edited: NDArray[np.uint8], alpha: NDArray[np.uint8]
-) -> NDArray[np.uint8]:
+def paste_back(original: NDArray[np.uint8], edited: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Blend an edit onto the original's own pixels; where alpha is 0 they stay bit for bit.
 
     Args:

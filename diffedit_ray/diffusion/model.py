@@ -90,13 +90,11 @@ def _geometry(vae: Any, unet: Any) -> Geometry:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     side = unet["sample_size"]
     side = side if isinstance(side, int) else max(side)
-    return Geometry(
-        native=side * factor, multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1), factor=factor
-    )
+    return Geometry(native=side * factor, multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1), factor=factor)
 
 
 def resolve_device(device: str) -> torch.device:
-    """"auto" is the first accelerator torch sees, else the CPU.
+    """ "auto" is the first accelerator torch sees, else the CPU.
 
     Raises:
         ModelError: The device's name is unknown or it is not there.
@@ -112,7 +110,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """"auto" is float32 on CPUs, bfloat16 on GPUs that have it and float16 on the others."""
+    """ "auto" is float32 on CPUs, bfloat16 on GPUs that have it and float16 on the others."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cpu":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from diffedit_ray.dataset import records, storage
@@ -45,30 +47,46 @@ def contact_sheet(output: str, uri: str, *, limit: int = 24, columns: int = 2) -
     names = ["id", "image_uri", "reference", "query", "status", "edited_uri", "mask_uri"]
     rows = [row for row in records.read_records(output, names).to_pylist() if row["status"] == EDITED]
     rows = sorted(rows, key=lambda row: (row["image_uri"], row["query"]))[:limit]
-    columns = max(1, min(columns, len(rows)))
-    height = -(-len(rows) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (CARD[0] + 3 * GAP) + GAP, max(1, height) * (CARD[1] + 2 * GAP) + 2 * GAP), PAPER
-    )
-    for i, row in enumerate(rows):
-        x, y = i % columns, i // columns
-        sheet.paste(_card(row, base), (2 * GAP + x * (CARD[0] + 3 * GAP), 2 * GAP + y * (CARD[1] + 2 * GAP)))
+    cards = [_row_card(row, base) for row in rows]
     stream = io.BytesIO()
-    sheet.save(stream, "PNG")
+    sheet(cards, columns).save(stream, "PNG")
     storage.write_bytes(storage.absolute(uri), stream.getvalue())
     return len(rows)
 
 
-def _card(row: Mapping[str, Any], base: str) -> Image.Image:
-    card = Image.new("RGB", CARD, PAPER)
-    uris = (storage.resolve(row["image_uri"], base), row["mask_uri"], row["edited_uri"])
-    for i, uri in enumerate(uris):
-        card.paste(_thumbnail(uri), (i * (CELL + GAP), 0))
-    draw = ImageDraw.Draw(card)
+def sheet(cards: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Cards side by side in rows; an empty sheet if there are none."""
+    columns = max(1, min(columns, len(cards)))
+    rows = max(1, -(-len(cards) // columns))
+    page = Image.new("RGB", (columns * (CARD[0] + 3 * GAP) + GAP, rows * (CARD[1] + 2 * GAP) + 2 * GAP), PAPER)
+    for i, one in enumerate(cards):
+        page.paste(one, (2 * GAP + i % columns * (CARD[0] + 3 * GAP), 2 * GAP + i // columns * (CARD[1] + 2 * GAP)))
+    return page
+
+
+def card(pictures: Sequence[NDArray[np.uint8]], reference: str | None, query: str) -> Image.Image:
+    """Before, mask and after side by side, the two texts below.
+
+    Args:
+        pictures: (H, W) greyscale or (H, W, 3 or 4) uint8, of any sizes.
+        reference: None or "" is shown as ∅.
+        query: The other text.
+    """
+    paper = Image.new("RGB", CARD, PAPER)
+    for i, picture in enumerate(pictures):
+        paper.paste(_thumbnail(picture), (i * (CELL + GAP), 0))
+    draw = ImageDraw.Draw(paper)
     font = ImageFont.load_default(15)
-    draw.text((0, CELL + 4), _clip(draw, row["reference"] or "∅", font), PALE, font)
-    draw.text((0, CELL + 22), _clip(draw, f"→ {row['query']}", font), INK, font)
-    return card
+    draw.text((0, CELL + 4), _clip(draw, reference or "∅", font), PALE, font)
+    draw.text((0, CELL + 22), _clip(draw, f"→ {query}", font), INK, font)
+    return paper
+
+
+def _row_card(row: Mapping[str, Any], base: str) -> Image.Image:
+    uris = (storage.resolve(row["image_uri"], base), row["mask_uri"], row["edited_uri"])
+    files = [storage.read_bytes(uri, max_bytes=MAX_BYTES) for uri in uris]
+    pictures = [decode_image(data, uri, max_pixels=MAX_PIXELS).pixels for data, uri in zip(files, uris, strict=True)]
+    return card(pictures, row["reference"], row["query"])
 
 
 def _clip(draw: ImageDraw.ImageDraw, text: str, font: Any) -> str:
@@ -80,11 +98,13 @@ def _clip(draw: ImageDraw.ImageDraw, text: str, font: Any) -> str:
     return text + "…"
 
 
-def _thumbnail(uri: str) -> Image.Image:
-    data = storage.read_bytes(uri, max_bytes=MAX_BYTES)
-    image = Image.fromarray(decode_image(data, uri, max_pixels=MAX_PIXELS).pixels).convert("RGB")
+def _thumbnail(picture: NDArray[np.uint8]) -> Image.Image:
+    image = Image.fromarray(picture)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image)
     scale = CELL / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     cell = Image.new("RGB", (CELL, CELL), PAPER)
-    cell.paste(image.resize(size, Image.Resampling.LANCZOS), ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
+    resized = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    cell.paste(resized, ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
     return cell

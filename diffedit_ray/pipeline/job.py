@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +191,7 @@ def _replicas(job: JobSettings) -> _Replicas:
 
     have = ray.cluster_resources()
     gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 1.0)
-    if job.device == "auto" and gpus or job.device.startswith("cuda"):
+    if (job.device == "auto" and gpus) or job.device.startswith("cuda"):
         most = max(job.max_actors or gpus, job.min_actors, 1)
         return _Replicas(job.min_actors, most, "cuda" if job.device == "auto" else job.device, 1, 1.0, job.threads)
     most = max(job.max_actors or job.min_actors, job.min_actors)
@@ -241,19 +241,21 @@ def run_edit_job(
         (True, 1)
     """
     began = time.monotonic()
-    started = datetime.now(timezone.utc)
+    started = datetime.now(UTC)
     settings, job = settings or EditSettings(), job or JobSettings()
     manifest, output = storage.absolute(os.fspath(manifest)), storage.absolute(os.fspath(output))
     model = os.fspath(model)
     model = storage.absolute(model) if os.path.isdir(os.path.expanduser(model)) else model
     revision = model_revision(model)
     files = manifest_files(manifest)
-    columns = match_columns(manifest_schema(files), job.columns)
+    schema = manifest_schema(files)
+    columns = match_columns(schema, job.columns)
     planner = RowPlanner(columns, settings, revision, job.image_format)
     layout = OutputLayout(output)
     if job.overwrite:
         for part in ("records", "images", "masks", "_run"):
             storage.remove(storage.join(output, part), recursive=True)
+    records.check_types(output, records.record_schema(carried_fields(columns)))
     done = records.read_done(output, job.retry_failed)
     plan = _plan(files, columns, planner, done)
     summary = JobSummary(output, rows=len(plan.ids), duplicates=plan.duplicates, max_failed=job.max_failed)
@@ -275,14 +277,26 @@ def run_edit_job(
     )
     try:
         if plan.pending:
-            _run(files, planner, model, job, layout, manifest_folder(manifest), done, plan.pending, summary, progress)
+            _run(
+                files,
+                schema,
+                planner,
+                model,
+                job,
+                layout,
+                manifest_folder(manifest),
+                done,
+                plan.pending,
+                summary,
+                progress,
+            )
     except KeyboardInterrupt:
         summary.interrupted = True
     finally:
         records.compact(output)
         _count(summary, plan.ids)
         summary.seconds = time.monotonic() - began
-        ended = datetime.now(timezone.utc).isoformat()
+        ended = datetime.now(UTC).isoformat()
         records.write_json(layout.summary, {**asdict(summary), "exit_code": summary.exit_code, "ended_at": ended})
     if not summary.interrupted:
         _reconcile(output, plan.ids)
@@ -291,6 +305,7 @@ def run_edit_job(
 
 def _run(
     files: list[str],
+    schema: pa.Schema,
     planner: RowPlanner,
     model: str,
     job: JobSettings,
@@ -307,7 +322,14 @@ def _run(
     start_ray()
     fs, _ = storage.filesystem(files[0])
     paths = [storage.filesystem(file)[1] for file in files]
-    ds = ray.data.read_parquet(paths, filesystem=storage.arrow_filesystem(fs))
+    ds = ray.data.read_parquet(
+        paths,
+        filesystem=storage.arrow_filesystem(fs),
+        # the driver has chosen the files and seen all their columns; Ray would sample and filter them, and parse paths
+        schema=schema,
+        file_extensions=sorted({path.rsplit(".", 1)[-1] for path in paths}),
+        partitioning=None,
+    )
     edited = _edited(ds, planner, model, job, base_uri, done)
     store = Store(model_geometry(model), job, layout, records.record_schema(carried_fields(planner.columns)))
     stored = edited.map_batches(store, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)

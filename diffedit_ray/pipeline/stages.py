@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,13 @@ _RESERVED = (*records.NAMES, *(f.name for f in (*_WORK_FIELDS, *PICTURE_FIELDS))
 
 def carried_fields(columns: Columns) -> list[pa.Field]:
     """The carried columns as records name them."""
-    return [f.with_name(records.carried_name(f.name, _RESERVED)).with_nullable(True) for f in columns.carried]
+    reserved = {*_RESERVED, *(f.name for f in columns.carried)}
+    fields = []
+    for f in columns.carried:
+        name = records.carried_name(f.name, reserved) if f.name in _RESERVED else f.name
+        reserved.add(name)
+        fields.append(f.with_name(name).with_nullable(True))
+    return fields
 
 
 def work_schema(columns: Columns) -> pa.Schema:
@@ -95,10 +101,13 @@ class Plan:
         columns = self.planner.columns
         names = [f.name for f in carried_fields(columns)]
         rows = []
+        seen: set[str] = set()
         for source in table.to_pylist():
             planned = self.planner.plan(source)
-            if done.fingerprints.get(planned.id) == planned.fingerprint:
+            if done.fingerprints.get(planned.id) == planned.fingerprint or planned.id in seen:
                 continue
+            if self.done is not None:  # without an output to resume, every row is answered, the repeated ones too
+                seen.add(planned.id)
             row: Row = {
                 "id": planned.id,
                 "fingerprint": planned.fingerprint,
@@ -111,7 +120,7 @@ class Plan:
                 **planned.settings.model_dump(),
                 "model": self.model,
                 "model_revision": self.planner.model_revision,
-                "recorded_at": datetime.now(timezone.utc),
+                "recorded_at": datetime.now(UTC),
                 **{name: source[f.name] for name, f in zip(names, columns.carried, strict=True)},
             }
             if planned.error is not None:
@@ -270,7 +279,9 @@ class _Finisher:
             alpha = decode_mask(row["_user_mask"], "the mask", size, max_pixels=self.job.max_pixels)
         else:
             f = frame.factor
-            cells = np.frombuffer(row["_latent_mask"], np.bool_).reshape(frame.model_height // f, frame.model_width // f)
+            cells = np.frombuffer(row["_latent_mask"], np.bool_).reshape(
+                frame.model_height // f, frame.model_width // f
+            )
             alpha = pixel_alpha(cells, frame, settings.mask_grow)
         result = finish(picture.pixels, edited, alpha, frame, composite=settings.composite)
         image = encode_image(result, self.job.image_format, picture.icc_profile)
@@ -292,7 +303,7 @@ class Store:
         with ThreadPoolExecutor(max_workers=4) as pool:
             list(pool.map(self._store, rows))
         for row in rows:
-            row["recorded_at"] = datetime.now(timezone.utc)
+            row["recorded_at"] = datetime.now(UTC)
         if rows:
             records.write_records(self.layout, rows, self.schema)
         return table.schema.empty_table().select(REPORT) if not rows else _report(rows)
@@ -336,12 +347,15 @@ class Collect:
         """Finish a block of rows."""
         rows = table.to_pylist()
         for row in rows:
-            row.update(edited_image=None, mask_image=None, recorded_at=datetime.now(timezone.utc))
+            row.update(edited_image=None, mask_image=None, recorded_at=datetime.now(UTC))
             if row["status"] == EDITED:
                 try:
                     image, mask, fraction = _Finisher(self.geometry, self.job).files(row)
                 except RowError as error:
                     fail(row, error)
+                    continue
+                except Exception as error:  # as in Fetch: this row's own
+                    fail(row, RowError(ErrorCode.STORE_FAILED, f"{row['image_uri']}: {type(error).__name__}: {error}"))
                     continue
                 row.update(edited_image=image, mask_image=mask, mask_fraction=fraction)
                 row["sha256"] = hashlib.sha256(image).hexdigest()

@@ -77,7 +77,7 @@ def train(
     """
     path = workdir / f"{name}.pt"
     optimiser = torch.optim.AdamW(
-        network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.99)
+        network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.99), fused=True
     )
     average = {k: v.detach().clone() for k, v in network.state_dict().items()}
     start = 0
