@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import click
 import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -22,7 +21,6 @@ from diffedit_ray.settings import EditSettings, JobSettings, explain
 app = typer.Typer(
     name="diffedit-ray",
     help="Edit images in bulk: a manifest of (image, reference, query) in, edited images, masks and records out.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -30,7 +28,7 @@ app = typer.Typer(
 )
 _console = Console()
 
-_PANELS = {EditSettings: "The method", JobSettings: "The run"}
+_UsageError: Any = typer.BadParameter.__mro__[1]  # some releases of typer use click, others bring a copy of it
 
 
 def _option(name: str, info: FieldInfo) -> inspect.Parameter:
@@ -159,12 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (see the README)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        result = app(args=given or ["--help"], standalone_mode=False)
+        if not given:
+            return 2
         return result if isinstance(result, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 2
-    except click.ClickException as error:
+    except _UsageError as error:
         print(f"diffedit-ray: {error.format_message()} (see --help)", file=sys.stderr)
         return 2
     except (SettingsError, ManifestError, ModelError) as error:
@@ -173,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DiffEditError as error:
         print(f"diffedit-ray: {error}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("diffedit-ray: interrupted; run the same command to carry on", file=sys.stderr)
         return 130
 

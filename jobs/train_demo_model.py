@@ -3,6 +3,8 @@
     python jobs/train_demo_model.py                train (resuming), write the checkpoint
     python jobs/train_demo_model.py --evaluate     measure the checkpoint on held-out scenes
 
+    torchrun --nproc-per-node 2 jobs/train_demo_model.py --threads 1    train in two processes
+
 Needs the emoji font (Debian: fonts-noto-color-emoji). A run that is killed goes on where it
 was when started again: scenes and progress are kept in --workdir.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import pickle
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from diffedit_ray.demo import CLASSIFIER, demo_manifest, demo_model, demo_settings
 from diffedit_ray.demo.assets import write_assets
@@ -61,6 +65,8 @@ def load_scenes(workdir: Path, count: int) -> tuple[torch.Tensor, list[Any]]:
 def train_all(args: argparse.Namespace) -> None:
     """Scenes → decoder → UNet and text encoder → classifier → checkpoint; finished parts are not done again."""
     args.workdir.mkdir(parents=True, exist_ok=True)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
     device = resolve_device(args.device)
     images, truth = load_scenes(args.workdir, args.scenes + KEPT_ASIDE)
     training, aside = images[:-KEPT_ASIDE], images[-KEPT_ASIDE:]
@@ -73,6 +79,8 @@ def train_all(args: argparse.Namespace) -> None:
     unet, text_encoder, tokenizer = train_denoiser(latents, scenes, steps=args.denoiser_steps, batch=32, **common)
     objects = [several for _, _, several in truth]
     classifier = train_classifier(training, objects[: len(training)], steps=args.classifier_steps, batch=64, **common)
+    if dist.is_initialized() and dist.get_rank():
+        return
     save_checkpoint(args.output, vae.cpu(), unet.cpu(), text_encoder.cpu(), tokenizer, build_scheduler())
     classifier.cpu().save(args.output / CLASSIFIER)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())

@@ -13,7 +13,7 @@ def test_a_row_error_survives_the_way_between_processes() -> None:
     assert type(error) is RowError
     assert error.code is ErrorCode.NOT_FOUND
     assert error.message == "a.png does not exist"
-    assert str(error) == str(RowError(ErrorCode.NOT_FOUND, "a.png does not exist"))
+    assert str(error) == "not_found: a.png does not exist"
 
 
 @pytest.mark.parametrize("name", ["SettingsError", "ManifestError", "ModelError", "OutputError", "RowError"])

@@ -37,6 +37,6 @@ def save_tiny_checkpoint(folder: Path, seed: int = 0, **scheduler: Any) -> Path:
         norm_num_groups=4,
     )
     kind = build_scheduler()
-    kind = type(kind).from_config({**kind.config, **scheduler})
+    kind = type(kind).from_config(kind.config, **scheduler)
     save_checkpoint(folder, vae, unet, build_text_encoder(tokenizer), tokenizer, kind, torch.float32)
     return folder

@@ -7,6 +7,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,11 +118,12 @@ def encode_image(pixels: NDArray[np.uint8], image_format: str, icc_profile: byte
         icc_profile: Kept in the file if given.
     """
     image = Image.fromarray(pixels)
-    options: dict[str, object] = {
+    kinds: dict[str, dict[str, Any]] = {
         "png": {},
         "webp": {"lossless": True, "exact": True},  # exact: or the colours below full transparency are dropped
         "jpg": {"quality": 95, "subsampling": 0},
-    }[image_format]
+    }
+    options = kinds[image_format]
     if image_format == "jpg" and image.mode == "RGBA":
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")

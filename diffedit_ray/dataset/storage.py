@@ -70,17 +70,31 @@ def read_bytes(uri: str, *, max_bytes: int) -> bytes:
             data: bytes = stream.read(max_bytes + 1)
     except OutputError as error:
         raise RowError(ErrorCode.BAD_URI, str(error)) from None
-    except (FileNotFoundError, NotADirectoryError):
-        raise RowError(ErrorCode.NOT_FOUND, f"{uri} does not exist") from None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _http_error(uri, error) or RowError(ErrorCode.NOT_FOUND, f"{uri} does not exist") from None
     except IsADirectoryError:
         raise RowError(ErrorCode.NOT_FOUND, f"{uri} is a folder, not an image") from None
     except PermissionError:
         raise RowError(ErrorCode.FORBIDDEN, f"{uri} may not be read with the credentials this job has") from None
     except Exception as error:  # each protocol's client raises types of its own
-        raise RowError(ErrorCode.FETCH_FAILED, f"{uri}: {type(error).__name__}: {error}") from None
+        wrong = RowError(ErrorCode.FETCH_FAILED, f"{uri}: {type(error).__name__}: {error}")
+        raise _http_error(uri, error) or wrong from None
     if len(data) > max_bytes:
         raise RowError(ErrorCode.TOO_LARGE, f"{uri} is larger than max_bytes = {max_bytes:,} allows")
     return data
+
+
+def _http_error(uri: str, error: Exception) -> RowError | None:
+    """What a web server said, if it is one: fsspec calls every trouble "not found" and keeps the true one as cause."""
+    if not uri.startswith(("http://", "https://")):
+        return None
+    cause = error.__cause__ or error
+    status = getattr(cause, "status", None)
+    if status in (404, 410) or isinstance(cause, FileNotFoundError):
+        return None
+    if status in (401, 403):
+        return RowError(ErrorCode.FORBIDDEN, f"{uri} may not be read: the server answers {status}")
+    return RowError(ErrorCode.FETCH_FAILED, f"{uri}: {type(cause).__name__}: {cause}")
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -115,7 +115,7 @@ class DiffEditor:
             settings: Instead of the editor's own.
 
         Raises:
-            ValueError: The arguments differ in length, or an image or mask has another shape.
+            ValueError: The arguments differ in length, or an image or mask has another shape or type.
         """
         settings = settings or self.settings
         masks = masks if masks is not None else [None] * len(images)
@@ -125,8 +125,11 @@ class DiffEditor:
         originals = [_as_array(image) for image in images]
         frames = [frame_for(o.shape[1], o.shape[0], self.model.geometry, settings.resolution) for o in originals]
         for original, drawn in zip(originals, masks, strict=True):
-            if drawn is not None and drawn.shape != original.shape[:2]:
-                raise ValueError(f"a mask of shape {drawn.shape} for an image of shape {original.shape[:2]}")
+            if drawn is not None and (drawn.shape != original.shape[:2] or drawn.dtype != np.uint8):
+                raise ValueError(
+                    f"a {drawn.dtype} mask of shape {drawn.shape} for an image of shape {original.shape[:2]}; "
+                    "a mask must be (H, W) uint8, 255 = edit"
+                )
         groups: dict[tuple[int, int, bool], list[int]] = {}
         for i, frame in enumerate(frames):
             groups.setdefault((frame.model_height, frame.model_width, masks[i] is not None), []).append(i)
@@ -141,6 +144,7 @@ class DiffEditor:
                 [queries[i] for i in members],
                 [seeds[i] for i in members],
                 masks=torch.from_numpy(np.stack(given)) if drawn_masks else None,
+                content=torch.from_numpy(np.stack([frames[i].content_cells for i in members])),
                 settings=settings,
             )
             rows.update((i, (edit, j)) for j, i in enumerate(members))
@@ -169,6 +173,7 @@ class DiffEditor:
         seeds: Sequence[int],
         *,
         masks: Tensor | None = None,
+        content: Tensor | None = None,
         settings: EditSettings | None = None,
     ) -> LatentEdit:
         """The three steps on a batch already at a size the model accepts.
@@ -179,6 +184,7 @@ class DiffEditor:
             queries: As `edit`.
             seeds: As `edit`.
             masks: (B, h, w) bool latent masks that replace step 1.
+            content: (B, h, w) bool, the cells that are not padding; none is all of them.
             settings: Instead of the editor's own.
         """
         s = settings or self.settings
@@ -190,6 +196,8 @@ class DiffEditor:
         else:
             mask, contrast = masks, masks.float()
             f_ratio = torch.full((len(pixels),), torch.nan)
+        if content is not None:
+            mask = mask & content
         masked = clock()
         edited = pixels.clone()
         rows = mask.flatten(1).any(1).nonzero().flatten()
@@ -226,7 +234,7 @@ class DiffEditor:
             reference = self.model.embed_prompts([texts[i][0] for i in rows]).repeat_interleave(n, 0)
             query = self.model.embed_prompts([texts[i][1] for i in rows]).repeat_interleave(n, 0)
             d = noise_contrast(self._predict(x_t, t, query), self._predict(x_t, t, reference))
-            contrast[rows] = d.unflatten(0, (len(rows), n)).cpu()
+            contrast[rows] = d.reshape(len(rows), n, *d.shape[1:]).cpu()
         f_ratio = significance(contrast)
         soft = rescale(average_contrast(contrast, s.mask_clip))
         mask = binarise(soft, s.mask_threshold) & (f_ratio >= s.mask_significance)[:, None, None]
@@ -263,7 +271,7 @@ class DiffEditor:
 
     def _predict(self, x: Tensor, t: int, embeddings: Tensor) -> Tensor:
         """The UNet over a batch of any length, `unet_batch` at a time."""
-        parts = zip(x.split(self.unet_batch), embeddings.split(self.unet_batch), strict=True)
+        parts = zip(torch.split(x, self.unet_batch), torch.split(embeddings, self.unet_batch), strict=True)
         return torch.cat([self.model.predict(latents, t, texts) for latents, texts in parts])
 
 

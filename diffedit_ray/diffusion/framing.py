@@ -48,6 +48,13 @@ class Frame:
     factor: int
 
     @property
+    def content_cells(self) -> NDArray[np.bool_]:
+        """Which latent cells the content reaches: (h, w) bool. A mask in the padding changes nothing."""
+        cells = np.zeros((self.model_height // self.factor, self.model_width // self.factor), np.bool_)
+        cells[: math.ceil(self.content_height / self.factor), : math.ceil(self.content_width / self.factor)] = True
+        return cells
+
+    @property
     def latent_box(self) -> tuple[float, float, float, float]:
         """Left, top, right, bottom of the content in latent cells."""
         return 0.0, 0.0, self.content_width / self.factor, self.content_height / self.factor
@@ -94,8 +101,9 @@ def latent_mask_from(mask: NDArray[np.uint8], frame: Frame) -> NDArray[np.bool_]
     Generous on purpose: `paste_back` holds to the drawn pixels, and a thin stroke must not vanish.
     """
     size = (frame.content_width, frame.content_height)
-    scaled = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.BOX))
-    padded = np.zeros((frame.model_height, frame.model_width), np.uint8)
+    # in floats: the box average of one drawn pixel in a large picture would round to 0 in 8 bits
+    scaled = np.asarray(Image.fromarray((mask > 0).astype(np.float32)).resize(size, Image.Resampling.BOX))
+    padded = np.zeros((frame.model_height, frame.model_width), np.float32)
     padded[: frame.content_height, : frame.content_width] = scaled
     f = frame.factor
     cells = padded.reshape(frame.model_height // f, f, frame.model_width // f, f)

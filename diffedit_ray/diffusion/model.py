@@ -204,13 +204,15 @@ class LatentDiffusionModel:
         The mean, never a sample: the code of an image must not depend on chance.
         """
         mean = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode().float()
-        return (mean - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config["scaling_factor"]
+        latents: Tensor = (mean - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config["scaling_factor"]
+        return latents
 
     @torch.inference_mode()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) float32 -> (B, 3, h·f, w·f) float32, clamped to [-1, 1]."""
         latents = latents / self.vae.config["scaling_factor"] + (self.vae.config.get("shift_factor") or 0.0)
-        return self.vae.decode(latents.to(self.dtype)).sample.float().clamp(-1, 1)
+        pixels: Tensor = self.vae.decode(latents.to(self.dtype)).sample.float().clamp(-1, 1)
+        return pixels
 
     @torch.inference_mode()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:

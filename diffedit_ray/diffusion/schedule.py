@@ -31,10 +31,16 @@ def epsilon_from(output: Tensor, x: Tensor, alpha: Tensor, prediction_type: str)
     return alpha.sqrt() * output + (1 - alpha).sqrt() * x
 
 
-def deterministic_step(x: Tensor, epsilon: Tensor, alpha_from: Tensor, alpha_to: Tensor) -> Tensor:
-    """DDIM with η = 0 (Song et al. 2021, eq. 12), towards the image or, as its inverse, towards noise."""
-    x0 = (x - (1 - alpha_from).sqrt() * epsilon) / alpha_from.sqrt()
-    return alpha_to.sqrt() * x0 + (1 - alpha_to).sqrt() * epsilon
+def image_from(output: Tensor, x: Tensor, alpha: Tensor, prediction_type: str) -> Tensor:
+    """The clean image's estimate in a network's output; v needs no division, so pure noise (ᾱ = 0) is no exception."""
+    if prediction_type == "epsilon":
+        return (x - (1 - alpha).sqrt() * output) / alpha.sqrt()
+    return alpha.sqrt() * x - (1 - alpha).sqrt() * output
+
+
+def deterministic_step(x0: Tensor, epsilon: Tensor, alpha_to: Tensor) -> Tensor:
+    """DDIM with η = 0 (Song et al. 2021, eq. 12): towards the image or, as its inverse, towards noise."""
+    return add_noise(x0, epsilon, alpha_to)
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,8 @@ class NoiseSchedule:
     def step(self, x: Tensor, output: Tensor, start: int, end: int) -> Tensor:
         """Move `x` from time `start` to time `end` along the network's `output` for it."""
         alpha_from, alpha_to = self.alpha(start).to(x.device), self.alpha(end).to(x.device)
-        epsilon = epsilon_from(output.float(), x, alpha_from, self.prediction_type)
-        return deterministic_step(x, epsilon, alpha_from, alpha_to)
+        estimate = (output.float(), x, alpha_from, self.prediction_type)
+        return deterministic_step(image_from(*estimate), epsilon_from(*estimate), alpha_to)
 
 
 def grid_index(steps: int, ratio: float) -> int:

@@ -27,7 +27,7 @@ from diffedit_ray.dataset.manifest import (
 )
 from diffedit_ray.dataset.records import FAILED, Done, OutputLayout
 from diffedit_ray.diffusion.model import model_geometry, model_revision
-from diffedit_ray.errors import ManifestError, OutputError
+from diffedit_ray.errors import DiffEditError, ManifestError, ModelError, OutputError
 from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields
 from diffedit_ray.settings import EditSettings, JobSettings
 
@@ -57,6 +57,7 @@ class JobSummary:
         edited_now: Rows this run worked on.
         interrupted: Whether it was stopped from outside.
         max_failed: The share of failed rows the user accepts.
+        error: Why the run broke off, if it did.
     """
 
     output: str
@@ -71,12 +72,15 @@ class JobSummary:
     edited_now: int = 0
     interrupted: bool = False
     max_failed: float = 1.0
+    error: str | None = None
 
     @property
     def exit_code(self) -> int:
-        """0 fine, 3 more failures than accepted, 130 interrupted."""
+        """0 fine, 1 broken off, 3 more failures than accepted, 130 interrupted."""
         if self.interrupted:
             return 130
+        if self.error:
+            return 1
         return 3 if self.rows and self.failed / self.rows > self.max_failed else 0
 
 
@@ -192,6 +196,8 @@ def _replicas(job: JobSettings) -> _Replicas:
     have = ray.cluster_resources()
     gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 1.0)
     if (job.device == "auto" and gpus) or job.device.startswith("cuda"):
+        if not gpus and not os.environ.get("RAY_ADDRESS"):  # a cluster may still get one, this machine will not
+            raise ModelError(f"device {job.device!r} cannot be used: this machine has no GPU that Ray sees")
         most = max(job.max_actors or gpus, job.min_actors, 1)
         return _Replicas(job.min_actors, most, "cuda" if job.device == "auto" else job.device, 1, 1.0, job.threads)
     most = max(job.max_actors or job.min_actors, job.min_actors)
@@ -228,6 +234,7 @@ def run_edit_job(
         ManifestError: The manifest cannot be read, lacks a column, or repeats an id.
         ModelError: The checkpoint is not one.
         OutputError: The output cannot be written, or after the run a row has no record.
+        DiffEditError: The run broke off; what it did until then is recorded.
 
     Example:
         >>> import tempfile
@@ -252,12 +259,14 @@ def run_edit_job(
     columns = match_columns(schema, job.columns)
     planner = RowPlanner(columns, settings, revision, job.image_format)
     layout = OutputLayout(output)
-    if job.overwrite:
+    done = Done({}, {})
+    if not job.overwrite:
+        records.check_types(output, records.record_schema(carried_fields(columns)))
+        done = records.read_done(output, job.retry_failed)
+    plan = _plan(files, columns, planner, done)
+    if job.overwrite:  # only now that the manifest is known to be good
         for part in ("records", "images", "masks", "_run"):
             storage.remove(storage.join(output, part), recursive=True)
-    records.check_types(output, records.record_schema(carried_fields(columns)))
-    done = records.read_done(output, job.retry_failed)
-    plan = _plan(files, columns, planner, done)
     summary = JobSummary(output, rows=len(plan.ids), duplicates=plan.duplicates, max_failed=job.max_failed)
     summary.done_before = len(plan.ids) - plan.pending
     logger.info("%d rows, %d recorded already, %d to do", summary.rows, summary.done_before, plan.pending)
@@ -292,14 +301,27 @@ def run_edit_job(
             )
     except KeyboardInterrupt:
         summary.interrupted = True
+    except Exception as error:
+        from ray.exceptions import RayError
+
+        summary.error = _reason(error)
+        if isinstance(error, RayError):  # its text is the traceback of a worker
+            raise DiffEditError(f"the run broke off: {summary.error}") from error
+        raise
     finally:
         records.compact(output)
         _count(summary, plan.ids)
+        missing = [] if summary.interrupted or summary.error else _missing(output, plan.ids)
+        if missing:
+            summary.error = (
+                f"{len(missing)} rows have no record after the run: {_shown(missing)}. "
+                "Run the same command again; if it happens twice, please report it"
+            )
         summary.seconds = time.monotonic() - began
         ended = datetime.now(UTC).isoformat()
         records.write_json(layout.summary, {**asdict(summary), "exit_code": summary.exit_code, "ended_at": ended})
-    if not summary.interrupted:
-        _reconcile(output, plan.ids)
+    if missing:
+        raise OutputError(summary.error)
     return summary
 
 
@@ -403,18 +425,15 @@ def _count(summary: JobSummary, ids: set[str]) -> None:
     summary.errors = dict(errors.most_common())
 
 
-def _reconcile(output: str, ids: set[str]) -> None:
-    """Every row has its record: rows in = records out, per id.
+def _missing(output: str, ids: set[str]) -> list[str]:
+    """The rows without a record: after a whole run there must be none."""
+    return sorted(ids - set(records.read_records(output, ["id"])["id"].to_pylist()))
 
-    Raises:
-        OutputError: With the ids that have none.
-    """
-    missing = ids - set(records.read_records(output, ["id"])["id"].to_pylist())
-    if missing:
-        raise OutputError(
-            f"{len(missing)} rows have no record after the run: {_shown(sorted(missing))}. "
-            "Run the same command again; if it happens twice, please report it"
-        )
+
+def _reason(error: Exception) -> str:
+    """What broke a run, in one line: of a worker's traceback the last, which says it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _shown(ids: list[str]) -> str:

@@ -245,6 +245,7 @@ class Edit:
             [row["query"] for row in rows],
             [row["seed"] for row in rows],
             masks=masks,
+            content=torch.from_numpy(np.stack([frame_of(row, self.geometry).content_cells for row in rows])),
             settings=settings,
         )
         pixels = edit.pixels.permute(0, 2, 3, 1).contiguous().numpy()

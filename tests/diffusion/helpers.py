@@ -26,7 +26,9 @@ def smooth_image(width: int = 32, height: int = 32, seed: int = 0, channels: int
     """A random picture with large soft shapes and fine grain, as photos have: (height, width, channels) uint8."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 7, channels), dtype=np.uint8)
-    planes = [Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)]
+    planes = [
+        Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)
+    ]
     grain = rng.normal(0, 4, (height, width, channels))
     return (np.stack([np.asarray(p) for p in planes], -1) + grain).clip(0, 255).round().astype(np.uint8)
 

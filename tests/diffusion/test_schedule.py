@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
-from diffedit_ray.diffusion.schedule import CLEAN, NoiseSchedule, add_noise, deterministic_step, epsilon_from
+from diffedit_ray.diffusion.schedule import CLEAN, NoiseSchedule, add_noise, epsilon_from, image_from
 from diffedit_ray.errors import ModelError
 
 STABLE_DIFFUSION: dict[str, Any] = {
@@ -65,7 +66,7 @@ def test_every_step_up_is_diffusers_ddim_inverse(prediction_type: str, spacing: 
     theirs.set_timesteps(steps)
     path = ours.path(steps, 1.0)
     assert path == [CLEAN, *theirs.timesteps.tolist()]
-    for start, end in zip(path, path[1:], strict=False):
+    for start, end in itertools.pairwise(path):
         x, output = random_pair(end)
         expected = theirs.step(output, end, x).prev_sample
         torch.testing.assert_close(ours.step(x, output, start, end), expected, rtol=1e-5, atol=1e-5)
@@ -78,7 +79,7 @@ def test_path_visits_each_time_of_the_grid_once(spacing: str) -> None:
     assert path == [CLEAN, *schedule.timesteps(50)[:40].tolist()]
     assert path == sorted(set(path))
     if spacing != "linspace":
-        assert {b - a for a, b in zip(path[1:], path[2:], strict=False)} == {20}
+        assert {b - a for a, b in itertools.pairwise(path[1:])} == {20}
 
 
 @pytest.mark.parametrize(("steps", "ratio", "length"), [(50, 0.8, 40), (50, 1, 50), (50, 0.29, 14), (2, 0.01, 1)])
@@ -107,20 +108,32 @@ def test_add_noise_is_diffusers_own() -> None:
 
 
 def test_a_step_back_undoes_a_step_with_the_same_estimate() -> None:
+    schedule = NoiseSchedule.from_config(config())
     x, epsilon = random_pair(1)
-    low, high = torch.tensor(0.9), torch.tensor(0.2)
-    noisier = deterministic_step(x, epsilon, low, high)
+    noisier = schedule.step(x, epsilon, 1, 781)
     assert not torch.allclose(noisier, x, atol=0.1)
-    torch.testing.assert_close(deterministic_step(noisier, epsilon, high, low), x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(schedule.step(noisier, epsilon, 781, 1), x, rtol=1e-4, atol=1e-4)
 
 
-def test_epsilon_from_v_finds_the_noise_that_was_added() -> None:
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_both_estimates_find_what_was_mixed(prediction_type: str) -> None:
     x0, noise = random_pair(2)
     alpha = torch.tensor(0.3)
+    x = add_noise(x0, noise, alpha)
     v = alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
-    found = epsilon_from(v, add_noise(x0, noise, alpha), alpha, "v_prediction")
-    torch.testing.assert_close(found, noise, rtol=1e-5, atol=1e-5)
-    assert epsilon_from(v, noise, alpha, "epsilon") is v
+    output = noise if prediction_type == "epsilon" else v
+    torch.testing.assert_close(epsilon_from(output, x, alpha, prediction_type), noise, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(image_from(output, x, alpha, prediction_type), x0, rtol=1e-5, atol=1e-5)
+
+
+def test_a_schedule_that_ends_in_pure_noise_can_be_left_again() -> None:
+    settings = config(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    ours, theirs = NoiseSchedule.from_config(settings), DDIMScheduler.from_config(settings)
+    theirs.set_timesteps(50)
+    assert float(ours.alpha(999)) == 0
+    x, output = random_pair(3)
+    expected = theirs.step(output, 999, x).prev_sample
+    torch.testing.assert_close(ours.step(x, output, 999, 979), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_config_of_another_scheduler_class_is_read() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,18 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+def share_gradients(network: nn.Module) -> None:
+    """Average the gradients over the processes of a ``torchrun``, if this is one."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.reshape(gradient.shape))
+
+
 def train(
     name: str,
     network: nn.Module,
@@ -63,7 +76,8 @@ def train(
 ) -> None:
     """Train `network` in place and leave it holding its averaged weights.
 
-    Progress is kept in ``workdir/<name>.pt``; a run that finds it goes on from there.
+    Progress is kept in ``workdir/<name>.pt``; a run that finds it goes on from there. Under
+    ``torchrun`` each process draws its own batch and gradients are averaged.
 
     Args:
         name: What log lines and the checkpoint are called.
@@ -98,13 +112,15 @@ def train(
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
+    rank = dist.get_rank() if dist.is_initialized() else 0
     sums: dict[str, float] = {}
     count, logged, saved_at = 0, time.monotonic(), time.monotonic()
     for step in range(start, recipe.steps):
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate(step)
-        losses = step_function(step, step_generator(seed, step))
+        losses = step_function(step, step_generator(seed + 7919 * rank, step))
         losses["loss"].backward()  # type: ignore[no-untyped-call]
+        share_gradients(network)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -115,12 +131,12 @@ def train(
         count += 1
         for key, loss in losses.items():
             sums[key] = sums.get(key, 0.0) + float(loss.detach())
-        if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
+        if rank == 0 and ((step + 1) % 50 == 0 or step + 1 == recipe.steps):
             shown = " ".join(f"{k} {v / count:.4f}" for k, v in sums.items())
             seconds = (time.monotonic() - logged) / count
             logger.info("%s: step %d/%d %s (%.3f s a step)", name, step + 1, recipe.steps, shown, seconds)
             sums, count, logged = {}, 0, time.monotonic()
-        if time.monotonic() - saved_at > checkpoint_seconds or step + 1 == recipe.steps:
+        if rank == 0 and (time.monotonic() - saved_at > checkpoint_seconds or step + 1 == recipe.steps):
             save(step + 1)
             if on_checkpoint is not None:
                 raw = {k: v.detach().clone() for k, v in network.state_dict().items()}

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from diffedit_ray.cli import main
+from diffedit_ray.dataset import records
+from diffedit_ray.dataset.manifest import RowPlanner, manifest_schema, match_columns
+from diffedit_ray.diffusion.model import model_revision
+from diffedit_ray.settings import EditSettings, JobSettings
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    file = tmp_path / "m.parquet"
+    rows = [{"image_uri": "a.png", "query": ""}, {"image_uri": "none.png", "query": "a zebra"}]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+@pytest.fixture
+def recorded(manifest: Path, tiny_folder: Path, tmp_path: Path) -> Path:
+    """An output in which every row of the manifest has failed for good, so that a run has nothing to do."""
+    output = tmp_path / "out"
+    columns = match_columns(manifest_schema([str(manifest)]), {})
+    planner = RowPlanner(columns, EditSettings(), model_revision(str(tiny_folder)), "png")
+    rows: list[dict[str, Any]] = []
+    for row, code in zip(pq.read_table(manifest).to_pylist(), ("bad_row", "not_found"), strict=True):
+        planned = planner.plan(row)
+        rows.append(
+            {
+                "id": planned.id,
+                "fingerprint": planned.fingerprint,
+                "status": "failed",
+                "error_code": code,
+                "attempts": 1,
+                "seed": planned.seed,
+                "recorded_at": datetime.now(UTC),
+            }
+        )
+    records.write_records(records.OutputLayout(str(output)), rows, records.record_schema([]))
+    return output
+
+
+def _complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line on stderr that wrong use gets, besides exit code 2."""
+    assert main([str(a) for a in arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1, shown.err
+    assert shown.err.startswith("diffedit-ray: ")
+    return shown.err
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", ["edit", "demo"])
+    def test_every_setting_is_an_option(
+        self, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        assert main([command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        fields = [*EditSettings.model_fields, *JobSettings.model_fields]
+        assert [f for f in fields if f"--{f.replace('_', '-')}" not in shown] == []
+        assert "--no-composite" in shown
+
+    def test_the_commands_are_listed(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["-h"]) == 0
+        shown = capsys.readouterr().out
+        assert "edit" in shown
+        assert "demo" in shown
+
+    def test_nothing_at_all_shows_the_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([]) == 2
+        assert "Usage" in capsys.readouterr().out
+
+
+class TestWrongUse:
+    def test_an_unknown_option(self, capsys: pytest.CaptureFixture[str], manifest: Path) -> None:
+        assert "--stepz" in _complaint(capsys, "edit", manifest, "out", "--model", "demo", "--stepz", "5")
+
+    def test_an_unknown_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "edti" in _complaint(capsys, "edti")
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"), [(["m.parquet", "--model", "demo"], "OUTPUT"), (["m.parquet", "out"], "--MODEL")]
+    )
+    def test_a_missing_argument(self, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
+        assert named in _complaint(capsys, "edit", *arguments).upper()
+
+    @pytest.mark.parametrize(
+        ("option", "value", "named"),
+        [
+            ("--steps", "1", "steps: "),
+            ("--steps", "many", "--steps"),
+            ("--encoding-ratio", "1.5", "encoding_ratio: "),
+            ("--max-failed", "2", "max_failed: "),
+            ("--batch-size", "0", "batch_size: "),
+            ("--image-format", "gif", "gif"),
+            ("--dtype", "int8", "int8"),
+            ("--retry-failed", "some", "some"),
+        ],
+    )
+    def test_a_value_out_of_range(
+        self, capsys: pytest.CaptureFixture[str], manifest: Path, option: str, value: str, named: str
+    ) -> None:
+        assert named in _complaint(capsys, "edit", manifest, "out", "--model", "demo", option, value)
+
+    @pytest.mark.parametrize("columns", ["image_uri", "image_uri=", "=url", "image_uri=url,,query=q"])
+    def test_columns_of_the_wrong_form(self, capsys: pytest.CaptureFixture[str], manifest: Path, columns: str) -> None:
+        line = _complaint(capsys, "edit", manifest, "out", "--model", "demo", "--columns", columns)
+        assert "NAME=COLUMN" in line
+
+    def test_columns_that_are_not_there(
+        self, capsys: pytest.CaptureFixture[str], manifest: Path, tiny_folder: Path, tmp_path: Path
+    ) -> None:
+        arguments = ("edit", manifest, tmp_path / "out", "--model", tiny_folder, "--columns", "query=caption")
+        assert "no column 'caption'; it has image_uri, query" in _complaint(capsys, *arguments)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_missing_manifest(self, capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path) -> None:
+        line = _complaint(capsys, "edit", tmp_path / "none.parquet", tmp_path / "out", "--model", tiny_folder)
+        assert "no manifest at" in line
+        assert "none.parquet" in line
+        assert not (tmp_path / "out").exists()
+
+    def test_a_manifest_that_is_none(
+        self, capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "m.parquet").write_text("image_uri,query\n")
+        line = _complaint(capsys, "edit", tmp_path / "m.parquet", tmp_path / "out", "--model", tiny_folder)
+        assert "cannot be read as Parquet" in line
+
+    def test_a_missing_model(self, capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path) -> None:
+        assert "none" in _complaint(capsys, "edit", manifest, tmp_path / "out", "--model", tmp_path / "none")
+
+    def test_a_folder_that_is_no_model(
+        self, capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path
+    ) -> None:
+        assert "unet" in _complaint(capsys, "edit", manifest, tmp_path / "out", "--model", tmp_path)
+
+
+class TestExitCodes:
+    def test_failures_within_the_limit(
+        self, capsys: pytest.CaptureFixture[str], manifest: Path, recorded: Path, tiny_folder: Path
+    ) -> None:
+        assert main(["edit", str(manifest), str(recorded), "--model", str(tiny_folder)]) == 0
+        shown = capsys.readouterr()
+        assert f"nothing to do: all 2 rows are recorded in {recorded}" in shown.out.replace("\n", "")
+        assert "bad_row" in shown.out
+        assert "not_found" in shown.out
+
+    @pytest.mark.parametrize(("accepted", "code"), [("0", 3), ("0.99", 3), ("1", 0)])
+    def test_failures_beyond_it(
+        self, manifest: Path, recorded: Path, tiny_folder: Path, accepted: str, code: int
+    ) -> None:
+        arguments = ["edit", str(manifest), str(recorded), "--model", str(tiny_folder), "--max-failed", accepted]
+        assert main(arguments) == code
+
+    def test_an_output_that_is_damaged_is_no_wrong_use(
+        self, capsys: pytest.CaptureFixture[str], manifest: Path, recorded: Path, tiny_folder: Path
+    ) -> None:
+        (recorded / "records" / "records-0.parquet").write_text("oops")
+        assert main(["edit", str(manifest), str(recorded), "--model", str(tiny_folder)]) == 1
+        assert "records-0.parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [["-c", "from diffedit_ray.cli import entry; entry()"], ["jobs/edit.py"]])
+def test_it_runs_as_a_program(program: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *program, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert done.stderr == ""
