@@ -8,7 +8,7 @@ import ray
 import torch
 
 from diffedit_ray.diffusion.model import LatentDiffusionModel
-from diffedit_ray.pipeline.job import start_ray
+from diffedit_ray.pipeline.cluster import start_ray
 from tests.tiny import save_tiny_checkpoint
 
 

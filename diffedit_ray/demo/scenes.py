@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,7 @@ PLACES: dict[str, str] = {
 }
 """Backgrounds: the name, and how a caption says it."""
 
-Pixels = NDArray[np.float32]
+Pixels = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def draw_scene(seed: int, *, kinds: Sequence[str] | None = None, background: str
     if not 1 <= len(kinds) <= 2 or not set(kinds) <= set(KINDS) or background not in PLACES:
         raise ValueError(f"cannot draw {kinds} on {background!r}: one or two of {[*KINDS]}, on one of {[*PLACES]}")
     canvas = _soft(_BACKGROUNDS[background](rng))
-    objects = []
+    objects: list[SceneObject] = []
     for i, kind in enumerate(kinds):
         alone = len(kinds) == 1
         height = rng.uniform(76, 92) if alone else rng.uniform(50, 58)
@@ -232,10 +233,9 @@ def _night(rng: np.random.Generator) -> Pixels:
 def _bricks(rng: np.random.Generator) -> Pixels:
     rows = _Y * 6 + rng.random()
     columns = _X * 3.5 + 0.5 * (np.floor(rows) % 2) + rng.random()
-    edge = np.minimum(np.abs(rows % 1 - 0.5), 0.5 * 2 - np.abs(rows % 1 - 0.5))
-    joint = np.maximum((edge - 0.38) / 0.06, (np.abs(columns % 1 - 0.5) - 0.43) / 0.04).clip(0, 1)
+    joint = np.maximum((np.abs(rows % 1 - 0.5) - 0.38) / 0.06, (np.abs(columns % 1 - 0.5) - 0.43) / 0.04).clip(0, 1)
     wall = _mix((150, 72, 54), (186, 98, 76), 0.5 + 0.5 * _noise(rng, 4, 7))
-    mortar = np.asarray((206, 190, 176), np.float32) / 255
+    mortar: Pixels = np.asarray((206, 190, 176), np.float32) / 255
     return wall * (1 - joint[..., None]) + mortar * joint[..., None]
 
 

@@ -92,7 +92,8 @@ def fit(image: NDArray[np.uint8], frame: Frame) -> NDArray[np.uint8]:
     size = (frame.content_width, frame.content_height)
     scaled = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
     padding = [(0, frame.model_height - frame.content_height), (0, frame.model_width - frame.content_width)]
-    return np.pad(scaled, [*padding, (0, 0)][: scaled.ndim], mode="symmetric")
+    padded: NDArray[np.uint8] = np.pad(scaled, [*padding, (0, 0)][: scaled.ndim], mode="symmetric")
+    return padded
 
 
 def latent_mask_from(mask: NDArray[np.uint8], frame: Frame) -> NDArray[np.bool_]:
@@ -129,7 +130,7 @@ def pixel_alpha(latent_mask: NDArray[np.bool_], frame: Frame, cells: int) -> NDA
         return np.zeros((frame.height, frame.width), np.uint8)
     grown = Image.fromarray(grow(latent_mask, cells).astype(np.float32))
     size = (frame.width, frame.height)
-    alpha = np.asarray(grown.resize(size, Image.Resampling.BILINEAR, box=frame.latent_box))
+    alpha: NDArray[np.float32] = np.asarray(grown.resize(size, Image.Resampling.BILINEAR, box=frame.latent_box))
     return np.rint(alpha.clip(0, 1) * 255).astype(np.uint8)
 
 

@@ -27,7 +27,8 @@ from diffedit_ray.dataset.manifest import (
 )
 from diffedit_ray.dataset.records import FAILED, Done, OutputLayout
 from diffedit_ray.diffusion.model import model_geometry, model_revision
-from diffedit_ray.errors import DiffEditError, ManifestError, ModelError, OutputError
+from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
+from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
 from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields
 from diffedit_ray.settings import EditSettings, JobSettings
 
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     import ray.data
 
 logger = logging.getLogger(__name__)
-
-IO_CPUS = 0.25
-"""CPUs a fetch or store task asks Ray for; they mostly wait."""
 
 SHOWN_IDS = 10
 
@@ -158,54 +156,21 @@ def _edited(
     # a block is a batch, from here to its record file: small enough to share out, and all that one bad block can hurt
     rows = rows.repartition(target_num_rows_per_block=job.batch_size)
     rows = rows.map_batches(Fetch(geometry, base_uri, job), num_cpus=IO_CPUS, **blocks)
-    replicas = _replicas(job)
+    pool = replicas(job)
     return rows.map_batches(
         Edit,
         fn_constructor_kwargs={
             "source": model,
-            "device": replicas.device,
+            "device": pool.device,
             "dtype": job.dtype,
-            "threads": replicas.threads,
+            "threads": pool.threads,
             "geometry": geometry,
         },
-        compute=ray.data.ActorPoolStrategy(
-            min_size=replicas.least, max_size=replicas.most, max_tasks_in_flight_per_actor=2
-        ),
-        num_cpus=replicas.cpus,
-        num_gpus=replicas.gpus,
+        compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most, max_tasks_in_flight_per_actor=2),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
         **blocks,
     )
-
-
-@dataclass(frozen=True)
-class _Replicas:
-    """How many model replicas run, on what."""
-
-    least: int
-    most: int
-    device: str
-    gpus: float | None
-    cpus: float
-    threads: int | None
-
-
-def _replicas(job: JobSettings) -> _Replicas:
-    """One GPU an actor where the cluster has any, else CPU actors that share the cores out."""
-    import ray
-
-    have = ray.cluster_resources()
-    gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 1.0)
-    if (job.device == "auto" and gpus) or job.device.startswith("cuda"):
-        if not gpus and not os.environ.get("RAY_ADDRESS"):  # a cluster may still get one, this machine will not
-            raise ModelError(f"device {job.device!r} cannot be used: this machine has no GPU that Ray sees")
-        most = max(job.max_actors or gpus, job.min_actors, 1)
-        return _Replicas(job.min_actors, most, "cuda" if job.device == "auto" else job.device, 1, 1.0, job.threads)
-    most = max(job.max_actors or job.min_actors, job.min_actors)
-    threads = job.threads or max(1, int(cpus) // most)
-    # fetch and store need a CPU of their own, however many actors there are
-    share = min(max(0.5, threads - 1), (cpus - 1) / most) if cpus > 1 else 0.5 / most
-    share = int(share) if share >= 1 else round(share, 3)  # Ray takes no fractions above 1
-    return _Replicas(job.min_actors, most, job.device if job.device != "auto" else "cpu", None, share, threads)
 
 
 def run_edit_job(
@@ -286,19 +251,12 @@ def run_edit_job(
     )
     try:
         if plan.pending:
-            _run(
-                files,
-                schema,
-                planner,
-                model,
-                job,
-                layout,
-                manifest_folder(manifest),
-                done,
-                plan.pending,
-                summary,
-                progress,
-            )
+            start_ray()
+            ds = _read(files, schema)
+            edited = _edited(ds, planner, model, job, manifest_folder(manifest), done)
+            store = Store(model_geometry(model), job, layout, records.record_schema(carried_fields(columns)))
+            stored = edited.map_batches(store, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)
+            _drain(stored, plan.pending, summary, progress)
     except KeyboardInterrupt:
         summary.interrupted = True
     except Exception as error:
@@ -325,26 +283,13 @@ def run_edit_job(
     return summary
 
 
-def _run(
-    files: list[str],
-    schema: pa.Schema,
-    planner: RowPlanner,
-    model: str,
-    job: JobSettings,
-    layout: OutputLayout,
-    base_uri: str,
-    done: Done,
-    pending: int,
-    summary: JobSummary,
-    progress: Callable[[int, Mapping[str, int]], None] | None,
-) -> None:
-    """Drive the rows through the stages, counting what comes out."""
+def _read(files: list[str], schema: pa.Schema) -> ray.data.Dataset:
+    """The manifest's rows, lazily."""
     import ray.data
 
-    start_ray()
     fs, _ = storage.filesystem(files[0])
     paths = [storage.filesystem(file)[1] for file in files]
-    ds = ray.data.read_parquet(
+    return ray.data.read_parquet(
         paths,
         filesystem=storage.arrow_filesystem(fs),
         # the driver has chosen the files and seen all their columns; Ray would sample and filter them, and parse paths
@@ -352,9 +297,15 @@ def _run(
         file_extensions=sorted({path.rsplit(".", 1)[-1] for path in paths}),
         partitioning=None,
     )
-    edited = _edited(ds, planner, model, job, base_uri, done)
-    store = Store(model_geometry(model), job, layout, records.record_schema(carried_fields(planner.columns)))
-    stored = edited.map_batches(store, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)
+
+
+def _drain(
+    stored: ray.data.Dataset,
+    pending: int,
+    summary: JobSummary,
+    progress: Callable[[int, Mapping[str, int]], None] | None,
+) -> None:
+    """Drive the rows through the stages, counting what comes out."""
     counts: Counter[str] = Counter()
     if progress is not None:
         progress(pending, counts)
@@ -363,27 +314,6 @@ def _run(
         summary.edited_now = sum(counts.values())
         if progress is not None:
             progress(pending, counts)
-
-
-def start_ray() -> None:
-    """Join the cluster of the environment, or start Ray on this machine, quietly."""
-    import ray
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if ray.is_initialized():
-        return
-    # at their defaults both print of things no user of this package can act on
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if not os.environ.get("RAY_ADDRESS"):
-        # fewer than two and the actor would leave no room for the tasks that feed it
-        options.update(address="local", include_dashboard=False, num_cpus=max(2, os.cpu_count() or 2))
-    ray.init(**options)
 
 
 def _plan(files: list[str], columns: Columns, planner: RowPlanner, done: Done) -> _Plan:

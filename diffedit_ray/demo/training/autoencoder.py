@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ def linear_autoencoder(images: Tensor) -> tuple[AutoencoderKL, PatchCode]:
     return vae, code
 
 
-def _write_encoder(encoder: nn.Module, code: PatchCode, middle: PatchCode) -> None:
+def _write_encoder(encoder: Any, code: PatchCode, middle: PatchCode) -> None:
     """Patches of 2, 4 and 8 pixels in turn, each gathered by one strided convolution."""
     nn.init.dirac_(encoder.conv_in.weight)
     blocks = encoder.down_blocks
@@ -154,7 +155,7 @@ def _write_encoder(encoder: nn.Module, code: PatchCode, middle: PatchCode) -> No
     encoder.conv_out.bias[LATENT_CHANNELS:] = 2 * math.log(POSTERIOR_STD)
 
 
-def _fit_decoder(decoder: nn.Module, code: PatchCode, middle: PatchCode, images: Tensor) -> None:
+def _fit_decoder(decoder: Any, code: PatchCode, middle: PatchCode, images: Tensor) -> None:
     """Each upsampling convolution is the least-squares one to the patches of half the size."""
     nn.init.dirac_(decoder.conv_in.weight)
     blocks = decoder.up_blocks
@@ -174,7 +175,7 @@ def _pass_through(shortcut: nn.Conv2d) -> None:
     nn.init.dirac_(shortcut.weight)
 
 
-def _pass_linearly(shortcut: nn.Conv2d, norm: nn.GroupNorm, out: nn.Conv2d, channels: int, groups: int) -> None:
+def _pass_linearly(shortcut: Any, norm: nn.GroupNorm, out: nn.Conv2d, channels: int, groups: int) -> None:
     """Take `channels` through shortcut → GroupNorm → SiLU → convolution as if the middle two were not there.
 
     Each channel travels as x and −x, since silu(x) − silu(−x) = x; each group also holds a
@@ -196,13 +197,13 @@ def _pass_linearly(shortcut: nn.Conv2d, norm: nn.GroupNorm, out: nn.Conv2d, chan
         shortcut.bias[loud], shortcut.bias[loud + 1] = _LOUD, -_LOUD
 
 
-def _least_squares(convolution: nn.Conv2d, source: Tensor, target: Tensor) -> Tensor:
+def _least_squares(convolution: Any, source: Tensor, target: Tensor) -> Tensor:
     """Set a 3×3 convolution after nearest upsampling to map `source` to `target` best; returns what it gives."""
     upsampled = F.interpolate(source, scale_factor=2.0, mode="nearest")
     n = source.shape[1] * 9 + 1
     gram = torch.zeros(n, n, dtype=torch.float64)
     moment = torch.zeros(n, target.shape[1], dtype=torch.float64)
-    for some, wanted in zip(upsampled.split(16), target.split(16), strict=True):
+    for some, wanted in zip(torch.split(upsampled, 16), torch.split(target, 16), strict=True):
         x = F.unfold(some, 3, padding=1).transpose(1, 2).reshape(-1, n - 1).double()
         x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
         gram += x.T @ x

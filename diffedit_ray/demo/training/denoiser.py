@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffedit_ray.demo.scenes import KINDS, PLACES, caption
 from diffedit_ray.demo.training.autoencoder import LATENT_CHANNELS
 from diffedit_ray.demo.training.loop import Recipe, train
+from diffedit_ray.diffusion.schedule import add_noise
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def train_denoiser(
     torch.manual_seed(seed + 1)
     tokenizer = build_tokenizer()
     network = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
-    network = network.to(device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     unet, text_encoder = network["unet"], network["text_encoder"]
     full = tokenise(tokenizer, [caption(kinds, place) for kinds, place in scenes])
     short = tokenise(tokenizer, [caption(kinds, place).removesuffix(" " + PLACES[place]) for kinds, place in scenes])
@@ -136,8 +137,7 @@ def train_denoiser(
     held = slice(0, 256)
 
     def noisy(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        a = alphas[t][:, None, None, None]
-        return a.sqrt() * x + (1 - a).sqrt() * noise
+        return add_noise(x, noise, alphas[t][:, None, None, None])
 
     def step(index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
         rows = torch.randint(held.stop, len(latents), (batch,), generator=generator)
