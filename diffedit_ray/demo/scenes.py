@@ -235,8 +235,9 @@ def _bricks(rng: np.random.Generator) -> Pixels:
     columns = _X * 3.5 + 0.5 * (np.floor(rows) % 2) + rng.random()
     joint = np.maximum((np.abs(rows % 1 - 0.5) - 0.38) / 0.06, (np.abs(columns % 1 - 0.5) - 0.43) / 0.04).clip(0, 1)
     wall = _mix((150, 72, 54), (186, 98, 76), 0.5 + 0.5 * _noise(rng, 4, 7))
-    mortar: Pixels = np.asarray((206, 190, 176), np.float32) / 255
-    return wall * (1 - joint[..., None]) + mortar * joint[..., None]
+    mortar = np.asarray((206, 190, 176), np.float32) / 255
+    canvas: Pixels = wall * (1 - joint[..., None]) + mortar * joint[..., None]
+    return canvas
 
 
 def _wood(rng: np.random.Generator) -> Pixels:

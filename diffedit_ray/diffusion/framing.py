@@ -130,8 +130,9 @@ def pixel_alpha(latent_mask: NDArray[np.bool_], frame: Frame, cells: int) -> NDA
         return np.zeros((frame.height, frame.width), np.uint8)
     grown = Image.fromarray(grow(latent_mask, cells).astype(np.float32))
     size = (frame.width, frame.height)
-    alpha: NDArray[np.float32] = np.asarray(grown.resize(size, Image.Resampling.BILINEAR, box=frame.latent_box))
-    return np.rint(alpha.clip(0, 1) * 255).astype(np.uint8)
+    alpha = np.asarray(grown.resize(size, Image.Resampling.BILINEAR, box=frame.latent_box))
+    eight_bit: NDArray[np.uint8] = np.rint(alpha.clip(0, 1) * 255).astype(np.uint8)
+    return eight_bit
 
 
 def unfit(image: NDArray[np.uint8], frame: Frame) -> NDArray[np.uint8]:

@@ -69,7 +69,7 @@ def card(pictures: Sequence[NDArray[np.uint8]], reference: str | None, query: st
 
     Args:
         pictures: (H, W) greyscale or (H, W, 3 or 4) uint8, of any sizes.
-        reference: None or "" is shown as ∅.
+        reference: None or "" is shown as such.
         query: The other text.
     """
     paper = Image.new("RGB", CARD, PAPER)
@@ -77,8 +77,8 @@ def card(pictures: Sequence[NDArray[np.uint8]], reference: str | None, query: st
         paper.paste(_thumbnail(picture), (i * (CELL + GAP), 0))
     draw = ImageDraw.Draw(paper)
     font = ImageFont.load_default(15)
-    draw.text((0, CELL + 4), _clip(draw, reference or "∅", font), PALE, font)
-    draw.text((0, CELL + 22), _clip(draw, f"→ {query}", font), INK, font)
+    draw.text((0, CELL + 4), _clip(draw, reference or "(no reference)", font), PALE, font)
+    draw.text((0, CELL + 22), _clip(draw, f"» {query}", font), INK, font)
     return paper
 
 
