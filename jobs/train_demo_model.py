@@ -94,7 +94,8 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = demo_settings()
     if args.set:
         settings = settings.with_overrides(dict(pair.split("=", 1) for pair in args.set))
-    quality, _ = measure(editor, judge, [known_edit(HELD_OUT + i) for i in range(args.count)], settings)
+    edits = shipped_edits() if args.shipped else [known_edit(HELD_OUT + i) for i in range(args.count)]
+    quality, _ = measure(editor, judge, edits, settings)
     print(f"{quality.edits} held-out edits, {settings.model_dump(exclude_defaults=True)}")
     print(f"  autoencoder PSNR            {quality.autoencoder_psnr:6.2f} dB")
     for threshold, iou in quality.iou.items():
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--assets", action="store_true", help="draw the shipped images, masks and manifest anew")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw twelve edits, before · mask · after")
     parser.add_argument("--count", type=int, default=200, help="held-out edits to measure on")
+    parser.add_argument("--shipped", action="store_true", help="measure on the shipped pictures, which need no font")
     parser.add_argument("--set", action="append", metavar="SETTING=VALUE", help="an EditSettings field for --evaluate")
     parser.add_argument("--output", type=Path, default=demo_model(), help="the checkpoint's folder")
     parser.add_argument("--workdir", type=Path, default=Path("training"), help="scenes and progress")

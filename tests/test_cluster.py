@@ -17,5 +17,6 @@ def test_launcher_accepts_the_file() -> None:
 
 def test_workers_have_gpus_and_the_head_does_not_edit() -> None:
     config = yaml.safe_load(CLUSTER.read_text())
-    assert config["available_node_types"]["gpu"]["max_workers"] >= 1
-    assert config["head_node_type"] == "head"
+    head, gpu = (config["available_node_types"][name] for name in (config["head_node_type"], "gpu"))
+    assert gpu["resources"]["GPU"] >= 1 <= gpu["max_workers"]
+    assert "GPU" not in head["resources"]

@@ -18,7 +18,7 @@ def save_checkpoint(
     scheduler: DDIMScheduler,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write what `StableDiffusionPipeline.from_pretrained` reads; the parts are left in `dtype`."""
+    """Write what `StableDiffusionPipeline.from_pretrained` reads: the text encoder in float32, the rest in `dtype`."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -30,4 +30,7 @@ def save_checkpoint(
         requires_safety_checker=False,
     )
     pipeline.to(dtype)
+    # transformers loads a text encoder in the precision it was stored in, diffusers the UNet in float32: a checkpoint
+    # that is to load unchanged must not have them differ
+    pipeline.text_encoder.to(torch.float32)
     pipeline.save_pretrained(folder, safe_serialization=True)
