@@ -71,12 +71,15 @@ def train_all(args: argparse.Namespace) -> None:
     images, truth = load_scenes(args.workdir, args.scenes + KEPT_ASIDE)
     training, aside = images[:-KEPT_ASIDE], images[-KEPT_ASIDE:]
     common = {"workdir": args.workdir, "seed": args.seed, "device": device}
-    vae, code = train_autoencoder(training, aside, steps=args.autoencoder_steps, batch=6, **common)
+    warm = {"warm_start": args.warm_start}
+    vae, code = train_autoencoder(training, aside, steps=args.autoencoder_steps, batch=6, **common, **warm)
     if args.only == "autoencoder":
         return
     latents = torch.cat([code(part.float() / 127.5 - 1) for part in training.split(256)]) * vae.config.scaling_factor
     scenes = [(kinds, background) for kinds, background, _ in truth[: len(latents)]]
-    unet, text_encoder, tokenizer = train_denoiser(latents, scenes, steps=args.denoiser_steps, batch=32, **common)
+    unet, text_encoder, tokenizer = train_denoiser(
+        latents, scenes, steps=args.denoiser_steps, batch=32, **common, **warm
+    )
     objects = [several for _, _, several in truth]
     classifier = train_classifier(training, objects[: len(training)], steps=args.classifier_steps, batch=64, **common)
     if dist.is_initialized() and dist.get_rank():
@@ -139,6 +142,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", metavar="SETTING=VALUE", help="an EditSettings field for --evaluate")
     parser.add_argument("--output", type=Path, default=demo_model(), help="the checkpoint's folder")
     parser.add_argument("--workdir", type=Path, default=Path("training"), help="scenes and progress")
+    parser.add_argument("--warm-start", type=Path, metavar="FOLDER", help="start from a checkpoint's weights")
     parser.add_argument("--only", choices=["autoencoder"], help="stop after this part")
     parser.add_argument("--scenes", type=int, default=16_000)
     parser.add_argument("--autoencoder-steps", type=int, default=650)

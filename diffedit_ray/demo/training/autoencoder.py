@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from diffedit_ray.demo.training.loop import Recipe, train
+from diffedit_ray.diffusion.model import LatentDiffusionModel
 
 logger = logging.getLogger(__name__)
 
@@ -232,9 +233,19 @@ def psnr(output: Tensor, target: Tensor) -> Tensor:
 
 
 def train_autoencoder(
-    images: Tensor, held_out: Tensor, *, workdir: Path, seed: int, steps: int, batch: int, device: torch.device
+    images: Tensor,
+    held_out: Tensor,
+    *,
+    workdir: Path,
+    seed: int,
+    steps: int,
+    batch: int,
+    device: torch.device,
+    warm_start: Path | None = None,
 ) -> tuple[AutoencoderKL, PatchCode]:
     """Train the decoder on uint8 images (N, 3, 128, 128), reporting PSNR on `held_out` as it goes.
+
+    `warm_start` names a checkpoint whose decoder to start from instead of the linear one.
 
     Returns:
         The autoencoder, and the code its encoder computes: the same latents for a hundredth of the work.
@@ -245,6 +256,8 @@ def train_autoencoder(
 
     torch.manual_seed(seed)
     vae, code = linear_autoencoder(unit(images[:512]).cpu())
+    if warm_start is not None:
+        vae.decoder.load_state_dict(LatentDiffusionModel.load(warm_start, device="cpu").vae.decoder.state_dict())
     vae.to(device).requires_grad_(False)
     test = unit(held_out[:64])
     with torch.no_grad():

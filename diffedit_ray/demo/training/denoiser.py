@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffedit_ray.demo.scenes import KINDS, PLACES, caption
 from diffedit_ray.demo.training.autoencoder import LATENT_CHANNELS
 from diffedit_ray.demo.training.loop import Recipe, train
+from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.diffusion.schedule import add_noise
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def train_denoiser(
     steps: int,
     batch: int,
     device: torch.device,
+    warm_start: Path | None = None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
     """Train UNet and text encoder to predict the noise in `latents` under their captions.
 
@@ -124,10 +126,15 @@ def train_denoiser(
         steps: Optimiser steps.
         batch: Latents a step.
         device: Where to train.
+        warm_start: A checkpoint whose weights to start from instead of random ones.
     """
     torch.manual_seed(seed + 1)
     tokenizer = build_tokenizer()
     network = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+    if warm_start is not None:
+        trained = LatentDiffusionModel.load(warm_start, device="cpu")
+        network["unet"].load_state_dict(trained.unet.state_dict())
+        network["text_encoder"].load_state_dict(trained.text_encoder.state_dict())
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     unet, text_encoder = network["unet"], network["text_encoder"]
     full = tokenise(tokenizer, [caption(kinds, place) for kinds, place in scenes])
