@@ -268,8 +268,8 @@ def run_edit_job(
         raise
     finally:
         records.compact(output)
-        _count(summary, plan.ids)
-        missing = [] if summary.interrupted or summary.error else _missing(output, plan.ids)
+        unrecorded = _count(summary, plan.ids)
+        missing = [] if summary.interrupted or summary.error else unrecorded
         if missing:
             summary.error = (
                 f"{len(missing)} rows have no record after the run: {_shown(missing)}. "
@@ -342,7 +342,8 @@ def _plan(files: list[str], columns: Columns, planner: RowPlanner, done: Done) -
     return _Plan(set(fingerprints), pending, duplicates)
 
 
-def _count(summary: JobSummary, ids: set[str]) -> None:
+def _count(summary: JobSummary, ids: set[str]) -> list[str]:
+    """Count the manifest's rows by status; returns those without a record, of which a whole run leaves none."""
     table = records.read_records(summary.output, ["id", "status", "error_code"])
     statuses: Counter[str] = Counter()
     errors: Counter[str] = Counter()
@@ -353,11 +354,7 @@ def _count(summary: JobSummary, ids: set[str]) -> None:
                 errors[row["error_code"]] += 1
     summary.edited, summary.unchanged, summary.failed = (statuses[s] for s in records.STATUSES)
     summary.errors = dict(errors.most_common())
-
-
-def _missing(output: str, ids: set[str]) -> list[str]:
-    """The rows without a record: after a whole run there must be none."""
-    return sorted(ids - set(records.read_records(output, ["id"])["id"].to_pylist()))
+    return sorted(ids.difference(table["id"].to_pylist()))
 
 
 def _reason(error: Exception) -> str:
