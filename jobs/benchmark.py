@@ -30,7 +30,8 @@ from rich.table import Table
 
 from diffedit_ray.demo import demo_model
 from diffedit_ray.diffusion.editor import DiffEditor
-from diffedit_ray.diffusion.model import LatentDiffusionModel, checkpoint_folder, model_revision
+from diffedit_ray.diffusion.model import LatentDiffusionModel, model_revision
+from diffedit_ray.evaluation.peer import build_peer, edit_with_peer
 from diffedit_ray.settings import EditSettings
 
 PEER = "diffusers, one by one"
@@ -45,6 +46,11 @@ class Row:
     reference: str
     query: str
     seed: int
+
+
+def columns(rows: list[Row]) -> tuple[list[np.ndarray], list[str], list[str], list[int]]:
+    """Images, references, queries and seeds, as both sides take them."""
+    return [r.image for r in rows], [r.reference for r in rows], [r.query for r in rows], [r.seed for r in rows]
 
 
 @dataclass
@@ -83,50 +89,6 @@ def random_rows(count: int, side: int) -> list[Row]:
     return [Row(image, "a horse on grass", "a zebra on grass", seed) for seed, image in enumerate(images)]
 
 
-def build_peer(model: LatentDiffusionModel) -> Any:
-    """diffusers' pipeline around the same weights; it needs both DDIM schedulers, whatever the checkpoint names."""
-    from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEditPipeline
-
-    scheduler = json.loads((checkpoint_folder(model.source) / "scheduler" / "scheduler_config.json").read_text())
-    pipeline = StableDiffusionDiffEditPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        unet=model.unet,
-        scheduler=DDIMScheduler.from_config(scheduler),
-        inverse_scheduler=DDIMInverseScheduler.from_config(scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def edit_with_peer(pipeline: Any, rows: list[Row], settings: EditSettings) -> None:
-    """As its documentation shows: three calls for an image."""
-    common = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
-    for row in rows:
-        image, generator = Image.fromarray(row.image), torch.Generator().manual_seed(row.seed)
-        mask = pipeline.generate_mask(
-            image=image,
-            source_prompt=row.reference,
-            target_prompt=row.query,
-            num_maps_per_mask=settings.mask_maps,
-            mask_encode_strength=settings.mask_strength,
-            generator=generator,
-            **common,
-        )
-        strength = {"inpaint_strength": settings.encoding_ratio}
-        latents = pipeline.invert(prompt=row.reference, image=image, generator=generator, **strength, **common).latents
-        pipeline(prompt=row.query, mask_image=mask, image_latents=latents, **strength, **common)
-
-
-def edit_with_ours(editor: DiffEditor, rows: list[Row]) -> None:
-    """All rows in one call."""
-    editor.edit([r.image for r in rows], [r.reference for r in rows], [r.query for r in rows], [r.seed for r in rows])
-
-
 @contextmanager
 def counted(unet: torch.nn.Module) -> Iterator[list[int]]:
     """The batch size of every call of `unet` inside the block."""
@@ -138,7 +100,7 @@ def counted(unet: torch.nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def seconds_of(run: Callable[[], None], device: torch.device) -> float:
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
     """Wall-clock seconds of `run`, its work on an accelerator included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -150,7 +112,7 @@ def seconds_of(run: Callable[[], None], device: torch.device) -> float:
 
 
 def compare(
-    sides: dict[str, Callable[[], None]], model: LatentDiffusionModel, rows: int, repeats: int
+    sides: dict[str, Callable[[], Any]], model: LatentDiffusionModel, rows: int, repeats: int
 ) -> dict[str, Measure]:
     """Time every side `repeats` times, interleaved, in turns that alternate who goes first."""
     measures = {name: Measure([], 0.0) for name in sides}
@@ -175,9 +137,12 @@ def engine(args: argparse.Namespace) -> None:
     peer, editor = build_peer(model), DiffEditor(model, settings, unet_batch=args.unet_batch)
     # the first call on each side pays for lazy set-up that no later one does
     brief = settings.with_overrides({"steps": 2})
-    edit_with_peer(peer, rows[:1], brief)
-    DiffEditor(model, brief).edit([rows[0].image], [rows[0].reference], [rows[0].query], [rows[0].seed])
-    sides = {PEER: lambda: edit_with_peer(peer, rows, settings), OURS: lambda: edit_with_ours(editor, rows)}
+    edit_with_peer(peer, *columns(rows[:1]), brief)
+    DiffEditor(model, brief).edit(*columns(rows[:1]))
+    sides: dict[str, Callable[[], Any]] = {
+        PEER: lambda: edit_with_peer(peer, *columns(rows), settings),
+        OURS: lambda: editor.edit(*columns(rows)),
+    }
     measures = compare(sides, model, len(rows), args.repeats)
     print_table(measures)
     if args.json:

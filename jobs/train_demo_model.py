@@ -33,6 +33,7 @@ from diffedit_ray.demo.training.autoencoder import train_autoencoder
 from diffedit_ray.demo.training.checkpoint import save_checkpoint
 from diffedit_ray.demo.training.classifier import train_classifier
 from diffedit_ray.demo.training.denoiser import build_scheduler, train_denoiser
+from diffedit_ray.demo.training.loop import TrainingRun
 from diffedit_ray.diffusion.editor import DiffEditor
 from diffedit_ray.diffusion.model import LatentDiffusionModel, resolve_device
 from diffedit_ray.evaluation.judge import ObjectClassifier
@@ -67,21 +68,17 @@ def train_all(args: argparse.Namespace) -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    device = resolve_device(args.device)
+    run = TrainingRun(args.workdir, args.seed, resolve_device(args.device), args.warm_start)
     images, truth = load_scenes(args.workdir, args.scenes + KEPT_ASIDE)
     training, aside = images[:-KEPT_ASIDE], images[-KEPT_ASIDE:]
-    common = {"workdir": args.workdir, "seed": args.seed, "device": device}
-    warm = {"warm_start": args.warm_start}
-    vae, code = train_autoencoder(training, aside, steps=args.autoencoder_steps, batch=6, **common, **warm)
+    vae, code = train_autoencoder(training, aside, run, steps=args.autoencoder_steps, batch=6)
     if args.only == "autoencoder":
         return
     latents = torch.cat([code(part.float() / 127.5 - 1) for part in training.split(256)]) * vae.config.scaling_factor
     scenes = [(kinds, background) for kinds, background, _ in truth[: len(latents)]]
-    unet, text_encoder, tokenizer = train_denoiser(
-        latents, scenes, steps=args.denoiser_steps, batch=32, **common, **warm
-    )
+    unet, text_encoder, tokenizer = train_denoiser(latents, scenes, run, steps=args.denoiser_steps, batch=32)
     objects = [several for _, _, several in truth]
-    classifier = train_classifier(training, objects[: len(training)], steps=args.classifier_steps, batch=64, **common)
+    classifier = train_classifier(training, objects[: len(training)], run, steps=args.classifier_steps, batch=64)
     if dist.is_initialized() and dist.get_rank():
         return
     save_checkpoint(args.output, vae.cpu(), unet.cpu(), text_encoder.cpu(), tokenizer, build_scheduler())

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from diffedit_ray.demo import demo_model
 from diffedit_ray.demo.scenes import KINDS, PLACES, caption
-from diffedit_ray.demo.training.autoencoder import linear_autoencoder, psnr
-from diffedit_ray.demo.training.denoiser import build_tokenizer
-from diffedit_ray.demo.training.loop import Recipe, train
+from diffedit_ray.demo.training.autoencoder import linear_autoencoder, reconstruction_psnr
+from diffedit_ray.demo.training.denoiser import build_tokenizer, loss_weight
+from diffedit_ray.demo.training.loop import Recipe, TrainingRun, train
 
 
 class _KilledError(Exception):
@@ -31,7 +31,7 @@ def _fit_line(workdir: Path, seed: int = 0, kill_at: int | None = None) -> Tenso
         return {"loss": F.mse_loss(network(x), x.sum(1, keepdim=True))}
 
     recipe = Recipe(steps=60, learning_rate=0.05, warmup=5, ema=0.9)
-    train("line", network, step, recipe, workdir=workdir, seed=seed, checkpoint_seconds=0)
+    train("line", network, step, recipe, TrainingRun(workdir, seed, torch.device("cpu")), checkpoint_seconds=0)
     return network.weight.detach().clone()
 
 
@@ -52,6 +52,19 @@ def test_seed_decides_training(tmp_path: Path) -> None:
     assert not torch.equal(_fit_line(tmp_path / "a", seed=1), _fit_line(tmp_path / "b", seed=2))
 
 
+def test_loss_weight_is_the_velocity_error_between_its_caps() -> None:
+    snr = torch.tensor([1e-3, 0.2, 1.0, 5.0, 100.0])
+    alpha, sigma = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()
+    x, noise, error = torch.randn(5), torch.randn(5), torch.randn(5)
+    z = alpha * x + sigma * noise
+    # the x and v that go with a wrong ε for the same z
+    wrong_x = (z - sigma * (noise + error)) / alpha
+    v, wrong_v = alpha * noise - sigma * x, alpha * (noise + error) - sigma * wrong_x
+    ratio = (wrong_v - v).square() / error.square()
+    torch.testing.assert_close(loss_weight(snr)[1:4], ratio[1:4], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loss_weight(snr)[[0, 4]], torch.tensor([6.0, 1.01 * 5 / 100]))
+
+
 def test_encoder_is_the_linear_code() -> None:
     torch.manual_seed(0)
     smooth = F.interpolate(torch.rand(24, 3, 16, 16) * 2 - 1, size=128, mode="bicubic").clamp(-1, 1)
@@ -61,8 +74,8 @@ def test_encoder_is_the_linear_code() -> None:
         wanted = code(smooth[:4])
         rebuilt = vae.decode(latents).sample
     assert (latents - wanted).square().mean() < 1e-4 * wanted.var()
-    grey = psnr(smooth[:4].mean((2, 3), keepdim=True).expand_as(smooth[:4]), smooth[:4]).mean()
-    assert psnr(rebuilt, smooth[:4]).mean() > grey + 5
+    grey = reconstruction_psnr(smooth[:4].mean((2, 3), keepdim=True).expand_as(smooth[:4]), smooth[:4]).mean()
+    assert reconstruction_psnr(rebuilt, smooth[:4]).mean() > grey + 5
 
 
 def test_every_caption_word_is_one_token() -> None:

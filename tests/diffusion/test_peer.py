@@ -6,14 +6,12 @@ shown here, it is the pipeline of diffusers 0.42.1 that has it.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEditPipeline
+from diffusers import StableDiffusionDiffEditPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -22,6 +20,7 @@ from diffedit_ray.diffusion.mask import noise_contrast
 from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.diffusion.noise import row_noise
 from diffedit_ray.diffusion.schedule import CLEAN, add_noise
+from diffedit_ray.evaluation.peer import build_peer
 from diffedit_ray.settings import EditSettings
 from tests.diffusion.helpers import HORSE, PEAR, SHORT, ZEBRA, latents_of, smooth_image, watched
 
@@ -30,21 +29,8 @@ MASKING: dict[str, Any] = {"num_maps_per_mask": MAPS}
 
 
 @pytest.fixture(scope="module")
-def peer(tiny_model: LatentDiffusionModel, tiny_folder: Path) -> StableDiffusionDiffEditPipeline:
-    scheduler = json.loads((tiny_folder / "scheduler" / "scheduler_config.json").read_text())
-    pipeline = StableDiffusionDiffEditPipeline(
-        vae=tiny_model.vae,
-        text_encoder=tiny_model.text_encoder,
-        tokenizer=tiny_model.tokenizer,
-        unet=tiny_model.unet,
-        scheduler=DDIMScheduler.from_config(scheduler),
-        inverse_scheduler=DDIMInverseScheduler.from_config(scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def peer(tiny_model: LatentDiffusionModel) -> StableDiffusionDiffEditPipeline:
+    return build_peer(tiny_model)
 
 
 @pytest.fixture

@@ -13,16 +13,18 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffedit_ray.demo.training.loop import Recipe, train
+from diffedit_ray.demo.training.loop import Recipe, TrainingRun, train
 from diffedit_ray.diffusion.model import LatentDiffusionModel
+from diffedit_ray.evaluation.metrics import psnr
 
 logger = logging.getLogger(__name__)
 
@@ -226,46 +228,43 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).abs().mean() + 0.5 * (dx + dy)
 
 
-def psnr(output: Tensor, target: Tensor) -> Tensor:
-    """Per-image PSNR in dB of (N, 3, H, W) pixels in [-1, 1]."""
-    error = ((output.clamp(-1, 1) - target) / 2).square().flatten(1).mean(1)
-    return -10 * error.clamp_min(1e-10).log10()
+def reconstruction_psnr(output: Tensor, target: Tensor) -> NDArray[np.float64]:
+    """(N,) PSNR in dB of (N, 3, H, W) pixels in [-1, 1], each picture's as 8-bit files."""
+    files = [((x.cpu().clamp(-1, 1) + 1) * 127.5).round().byte().numpy() for x in (output, target)]
+    return np.array([psnr(a, b) for a, b in zip(*files, strict=True)])
 
 
 def train_autoencoder(
     images: Tensor,
     held_out: Tensor,
+    run: TrainingRun,
     *,
-    workdir: Path,
-    seed: int,
     steps: int,
     batch: int,
-    device: torch.device,
-    warm_start: Path | None = None,
 ) -> tuple[AutoencoderKL, PatchCode]:
     """Train the decoder on uint8 images (N, 3, 128, 128), reporting PSNR on `held_out` as it goes.
 
-    `warm_start` names a checkpoint whose decoder to start from instead of the linear one.
+    A warm start takes that checkpoint's decoder instead of the linear one.
 
     Returns:
         The autoencoder, and the code its encoder computes: the same latents for a hundredth of the work.
     """
 
     def unit(pixels: Tensor) -> Tensor:
-        return pixels.to(device, torch.float32) / 127.5 - 1
+        return pixels.to(run.device, torch.float32) / 127.5 - 1
 
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     vae, code = linear_autoencoder(unit(images[:512]).cpu())
-    if warm_start is not None:
-        vae.decoder.load_state_dict(LatentDiffusionModel.load(warm_start, device="cpu").vae.decoder.state_dict())
-    vae.to(device).requires_grad_(False)
+    if run.warm_start is not None:
+        vae.decoder.load_state_dict(LatentDiffusionModel.load(run.warm_start, device="cpu").vae.decoder.state_dict())
+    vae.to(run.device).requires_grad_(False)
     test = unit(held_out[:64])
     with torch.no_grad():
         mean = vae.encode(test).latent_dist.mean
-        error = (mean - code(test.cpu()).to(device)).square().mean() / mean.var()
+        error = (mean - code(test.cpu()).to(run.device)).square().mean() / mean.var()
         logger.info(
             "autoencoder: the encoder explains all but %.2e of the code; PSNR of the linear decoder %.2f dB",
-            error, psnr(vae.decode(mean).sample, test).mean(),
+            error, reconstruction_psnr(vae.decode(mean).sample, test).mean(),
         )  # fmt: skip
     decoder = vae.decoder.requires_grad_(True)
 
@@ -273,13 +272,13 @@ def train_autoencoder(
         x = unit(images[torch.randint(len(images), (batch,), generator=generator)])
         with torch.no_grad():
             mean = vae.encode(x).latent_dist.mean
-        z = mean + POSTERIOR_STD * torch.randn(mean.shape, generator=generator).to(device)
+        z = mean + POSTERIOR_STD * torch.randn(mean.shape, generator=generator).to(run.device)
         return {"loss": reconstruction_loss(decoder(z), x)}
 
     def report(index: int) -> None:
-        db = psnr(vae.decode(vae.encode(test).latent_dist.mean).sample, test)
+        db = reconstruction_psnr(vae.decode(vae.encode(test).latent_dist.mean).sample, test)
         logger.info("autoencoder: step %d held-out PSNR %.2f dB, worst %.2f", index, db.mean(), db.min())
 
     recipe = Recipe(steps=steps, learning_rate=1.5e-4, ema=0.995)
-    train("autoencoder", decoder, step, recipe, workdir=workdir, seed=seed, on_checkpoint=report)
+    train("autoencoder", decoder, step, recipe, run, on_checkpoint=report)
     return vae.eval(), code

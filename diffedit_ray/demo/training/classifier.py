@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffedit_ray.demo.scenes import KINDS
-from diffedit_ray.demo.training.loop import Recipe, train
+from diffedit_ray.demo.training.loop import Recipe, TrainingRun, train
 from diffedit_ray.evaluation.judge import CROP, ObjectClassifier, crop_object
 
 LABELS = {kind: i for i, kind in enumerate(KINDS)}
@@ -21,45 +21,41 @@ LABELS = {kind: i for i, kind in enumerate(KINDS)}
 def train_classifier(
     images: Tensor,
     objects: Sequence[Sequence[tuple[str, tuple[int, int, int, int]]]],
+    run: TrainingRun,
     *,
-    workdir: Path,
-    seed: int,
     steps: int,
     batch: int,
-    device: torch.device,
 ) -> ObjectClassifier:
     """Train on crops of the scenes' own objects, blurred and jittered so that the autoencoder's softness is no clue.
 
     Args:
         images: (N, 3, 128, 128) uint8.
         objects: Per image its objects' kinds and boxes.
-        workdir: Where the checkpoint lives.
-        seed: Decides every random number.
+        run: Where and from which seed.
         steps: Optimiser steps.
         batch: Crops a step.
-        device: Where to train.
     """
-    torch.manual_seed(seed + 2)
-    network = ObjectClassifier([*KINDS]).to(device)
+    torch.manual_seed(run.seed + 2)
+    network = ObjectClassifier([*KINDS]).to(run.device)
     flat = [(i, kind, box) for i, several in enumerate(objects) for kind, box in several]
 
     def step(index: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        rng = np.random.default_rng((seed, index))
+        rng = np.random.default_rng((run.seed, index))
         crops, labels = [], []
         for pick in torch.randint(len(flat), (batch,), generator=generator).tolist():
             i, kind, box = flat[pick]
             crops.append(crop_object(images[i].permute(1, 2, 0).numpy(), _jittered(box, rng)))
             labels.append(LABELS[kind])
-        x = torch.stack(crops).to(device)
+        x = torch.stack(crops).to(run.device)
         side = int(rng.integers(CROP // 2, CROP + 1))
         x = F.interpolate(F.interpolate(x, size=side, mode="area"), size=CROP, mode="bilinear")
-        x = x + 0.1 * float(rng.random()) * torch.randn(x.shape, generator=generator).to(device)
+        x = x + 0.1 * float(rng.random()) * torch.randn(x.shape, generator=generator).to(run.device)
         logits = network(x)
-        truth = torch.tensor(labels, device=device)
+        truth = torch.tensor(labels, device=run.device)
         return {"loss": F.cross_entropy(logits, truth), "error": (logits.argmax(1) != truth).float().mean()}
 
     recipe = Recipe(steps=steps, learning_rate=2e-3, ema=0.99, weight_decay=1e-2)
-    train("classifier", network, step, recipe, workdir=workdir, seed=seed + 2)
+    train("classifier", network, step, recipe, replace(run, seed=run.seed + 2))
     return network
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -14,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffedit_ray.demo.scenes import KINDS, PLACES, caption
 from diffedit_ray.demo.training.autoencoder import LATENT_CHANNELS
-from diffedit_ray.demo.training.loop import Recipe, train
+from diffedit_ray.demo.training.loop import Recipe, TrainingRun, train
 from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.diffusion.schedule import add_noise
 
@@ -27,7 +28,7 @@ CAPTION_DROPOUT = 0.12
 PLACE_DROPOUT = 0.08
 """Share of captions that name only the objects, so that "a zebra" works too."""
 SNR_LIMIT = 5.0
-"""Min-SNR loss weighting (Hang et al. 2023, arXiv 2303.09556): about thrice the speed."""
+"""Both ends of the loss weight (`loss_weight`)."""
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -42,7 +43,7 @@ def build_tokenizer() -> CLIPTokenizer:
         vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
     )
     bpe.train_from_iterator([*captions, " ".join(letters)], trainer)
-    model = __import__("json").loads(bpe.to_str())["model"]
+    model = json.loads(bpe.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     tokens += [t + "</w>" for t in letters if t + "</w>" not in model["vocab"]]
     vocab = {t: i for i, t in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
@@ -97,6 +98,18 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def loss_weight(snr: Tensor) -> Tensor:
+    """What one latent's squared noise error counts: the error in velocity, with both ends capped.
+
+    Velocity weighs ε's error by 1 + 1/SNR (Salimans & Ho 2022, arXiv 2202.00512, section 4), which
+    counts the noisy steps, where an object's shape is decided, as much as the clean ones. Little
+    noise counts as Min-SNR has it (Hang et al. 2023, arXiv 2303.09556), and pure noise, where
+    there is little to learn, no more than SNR 1/5.
+    """
+    velocity = 1 + 1 / snr.clamp(min=1 / SNR_LIMIT)
+    return velocity * snr.clamp(max=SNR_LIMIT) / snr
+
+
 def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """(N, MAX_TOKENS) token ids, padded as Stable Diffusion pads."""
     ids: Tensor = tokenizer(
@@ -108,31 +121,26 @@ def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 def train_denoiser(
     latents: Tensor,
     scenes: Sequence[tuple[tuple[str, ...], str]],
+    run: TrainingRun,
     *,
-    workdir: Path,
-    seed: int,
     steps: int,
     batch: int,
-    device: torch.device,
-    warm_start: Path | None = None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
     """Train UNet and text encoder to predict the noise in `latents` under their captions.
 
     Args:
         latents: (N, 16, 16, 16), scaled.
         scenes: Per latent its object kinds and background.
-        workdir: Where the checkpoint lives.
-        seed: Decides every random number.
+        run: Where and from which seed.
         steps: Optimiser steps.
         batch: Latents a step.
-        device: Where to train.
-        warm_start: A checkpoint whose weights to start from instead of random ones.
     """
-    torch.manual_seed(seed + 1)
+    device = run.device
+    torch.manual_seed(run.seed + 1)
     tokenizer = build_tokenizer()
     network = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
-    if warm_start is not None:
-        trained = LatentDiffusionModel.load(warm_start, device="cpu")
+    if run.warm_start is not None:
+        trained = LatentDiffusionModel.load(run.warm_start, device="cpu")
         network["unet"].load_state_dict(trained.unet.state_dict())
         network["text_encoder"].load_state_dict(trained.text_encoder.state_dict())
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -158,11 +166,10 @@ def train_denoiser(
         predicted = unet(noisy(x, t, noise).to(device), t.to(device), context).sample
         error = (predicted - noise.to(device)).square().mean((1, 2, 3))
         snr = alphas[t] / (1 - alphas[t])
-        weight = (snr.clamp(max=SNR_LIMIT) / snr).to(device)
-        return {"loss": (weight * error).mean(), "error": error.mean()}
+        return {"loss": (loss_weight(snr).to(device) * error).mean(), "error": error.mean()}
 
     def report(index: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(run.seed)
         x = latents[held].float()[:128]
         noise = torch.randn(x.shape, generator=generator)
         shown = []
@@ -174,5 +181,5 @@ def train_denoiser(
         logger.info("denoiser: step %d held-out error at t=200, 480, 780: %s", index, " ".join(shown))
 
     recipe = Recipe(steps=steps, learning_rate=1e-3, warmup=200, ema=0.9985, weight_decay=1e-3)
-    train("denoiser", network, step, recipe, workdir=workdir, seed=seed + 1, on_checkpoint=report)
+    train("denoiser", network, step, recipe, replace(run, seed=run.seed + 1), on_checkpoint=report)
     return unet, text_encoder, tokenizer

@@ -46,6 +46,23 @@ class Recipe:
         return self.learning_rate * max(1e-3, 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """What all networks of one training share.
+
+    Attributes:
+        workdir: Where progress is kept.
+        seed: Decides every random number.
+        device: Where to train.
+        warm_start: A checkpoint folder whose weights to start from instead of new ones.
+    """
+
+    workdir: Path
+    seed: int
+    device: torch.device
+    warm_start: Path | None = None
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The generator of one step, so that a resumed run draws what an unbroken one would have."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -68,15 +85,14 @@ def train(
     network: nn.Module,
     step_function: StepFunction,
     recipe: Recipe,
+    run: TrainingRun,
     *,
-    workdir: Path,
-    seed: int,
     checkpoint_seconds: float = 120,
     on_checkpoint: Callable[[int], None] | None = None,
 ) -> None:
     """Train `network` in place and leave it holding its averaged weights.
 
-    Progress is kept in ``workdir/<name>.pt``; a run that finds it goes on from there. Under
+    Progress is kept in ``<workdir>/<name>.pt``; a run that finds it goes on from there. Under
     ``torchrun`` each process draws its own batch and gradients are averaged.
 
     Args:
@@ -84,12 +100,11 @@ def train(
         network: Every parameter that is to be trained.
         step_function: Computes the losses of one step.
         recipe: Length, learning rate, averaging.
-        workdir: Where the checkpoint lives.
-        seed: Decides every random number of the run.
+        run: Where and from which seed.
         checkpoint_seconds: How much work a kill may lose.
         on_checkpoint: Called with the step after each checkpoint, the averaged weights in place.
     """
-    path = workdir / f"{name}.pt"
+    path = run.workdir / f"{name}.pt"
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.99), fused=True
     )
@@ -118,7 +133,7 @@ def train(
     for step in range(start, recipe.steps):
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate(step)
-        losses = step_function(step, step_generator(seed + 7919 * rank, step))
+        losses = step_function(step, step_generator(run.seed + 7919 * rank, step))
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         share_gradients(network)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
