@@ -40,7 +40,9 @@ class ErrorCode(StrEnum):
     CORRUPT_IMAGE = "corrupt_image"
     BAD_MASK = "bad_mask"
     EDIT_FAILED = "edit_failed"
+    OUT_OF_MEMORY = "out_of_memory"
     STORE_FAILED = "store_failed"
+    WORKER_DIED = "worker_died"
 
 
 class RowError(DiffEditError):

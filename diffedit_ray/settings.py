@@ -85,7 +85,7 @@ class EditSettings(_Settings):
 
 
 class JobSettings(_Settings):
-    """How a run is done. None of these but the image format changes a result."""
+    """How a run is done. None of these but the image format changes a result by more than rounding."""
 
     batch_size: int = Field(16, ge=1, le=1024, description="Rows an actor edits at once.")
     min_actors: int = Field(1, ge=1, description="Model replicas kept at the least.")
@@ -108,6 +108,21 @@ class JobSettings(_Settings):
     max_bytes: int = Field(200_000_000, ge=1, description="Largest image file accepted, in bytes.")
     fetch_threads: int = Field(16, ge=1, le=256, description="Images one fetch task reads at the same time.")
     fetch_timeout: float = Field(60.0, gt=0, description="Seconds one image may take to arrive.")
+    edit_timeout: float = Field(
+        600.0, gt=0, description="Seconds the edit of one row may take; a batch may take that for each of its rows."
+    )
+    store_timeout: float = Field(120.0, gt=0, description="Seconds one row's image and mask may take to be written.")
+    row_tries: int = Field(
+        2,
+        ge=1,
+        le=10,
+        description="Times a row may kill or hang the process that works on it alone before it is recorded as failed.",
+    )
+    reproducible: bool = Field(
+        False,
+        description="Pad every batch to one size, so that a row's bytes never depend on the rows beside it; "
+        "off, they may differ by 1/255 here and there. Costs nothing where batches are full.",
+    )
     max_failed: float = Field(
         1.0, ge=0, le=1, description="Share of failed rows above which the run ends with exit code 3; 1 allows any."
     )

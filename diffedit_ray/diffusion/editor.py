@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.diffusion.noise import row_noise
 from diffedit_ray.diffusion.schedule import add_noise
 from diffedit_ray.settings import EditSettings
+
+logger = logging.getLogger(__name__)
 
 ImageLike = Image.Image | NDArray[np.uint8]
 
@@ -75,6 +78,12 @@ class DiffEditor:
         model: The replica to use.
         settings: The method's settings; `edit` can override them for one call.
         unet_batch: Latents the UNet sees at once, at most.
+        reproducible: Run the networks on batches of one fixed size, the last one padded, and the autoencoder on
+            one image at a time. A row's pixels then do not depend, to the last bit, on the rows beside it; the
+            kernels that numerical libraries choose, and with them the rounding, depend on the shape of a batch.
+
+    Where memory runs out (`torch.OutOfMemoryError`) the batch is halved, and `batch_limit` remembers the size
+    that worked.
 
     Example:
         >>> from diffedit_ray import DiffEditor, EditSettings, LatentDiffusionModel
@@ -88,11 +97,19 @@ class DiffEditor:
     """
 
     def __init__(
-        self, model: LatentDiffusionModel, settings: EditSettings | None = None, *, unet_batch: int = 64
+        self,
+        model: LatentDiffusionModel,
+        settings: EditSettings | None = None,
+        *,
+        unet_batch: int = 64,
+        reproducible: bool = False,
     ) -> None:
         self.model = model
         self.settings = settings or EditSettings()
-        self.unet_batch = unet_batch
+        # in batches of other sizes than a power of two, some kernels round by a sample's place in the batch
+        self.unet_batch = 1 << (unet_batch - 1).bit_length() if reproducible else unet_batch
+        self.reproducible = reproducible
+        self.batch_limit: int | None = None
 
     def edit(
         self,
@@ -164,7 +181,6 @@ class DiffEditor:
             result.significance.append(float(edit.significance[j]))
         return result
 
-    @torch.inference_mode()
     def edit_fitted(
         self,
         pixels: Tensor,
@@ -186,11 +202,60 @@ class DiffEditor:
             masks: (B, h, w) bool latent masks that replace step 1.
             content: (B, h, w) bool, the cells that are not padding; none is all of them.
             settings: Instead of the editor's own.
+
+        Raises:
+            torch.OutOfMemoryError: One row alone does not fit into memory.
         """
         s = settings or self.settings
+        edits: list[LatentEdit] = []
+        done = 0
+        while done < len(pixels) or not edits:
+            part = slice(done, done + (self.batch_limit or len(pixels)))
+            try:
+                edits.append(
+                    self._edit_part(
+                        pixels[part],
+                        references[part],
+                        queries[part],
+                        seeds[part],
+                        None if masks is None else masks[part],
+                        None if content is None else content[part],
+                        s,
+                    )
+                )
+            except torch.OutOfMemoryError:
+                self._use_less_memory(len(pixels[part]))
+                continue
+            done = part.stop
+        return _joined(edits)
+
+    def _use_less_memory(self, rows: int) -> None:
+        """Called while memory has run out over `rows` rows: halve the batch, then what the UNet sees at once."""
+        if rows > 1:
+            self.batch_limit = rows // 2
+        elif self.unet_batch > 1 and not self.reproducible:
+            self.unet_batch //= 2
+        else:
+            raise
+        logger.warning("out of memory with %d rows: now %s, UNet batch %d", rows, self.batch_limit, self.unet_batch)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _edit_part(
+        self,
+        pixels: Tensor,
+        references: Sequence[str | None],
+        queries: Sequence[str],
+        seeds: Sequence[int],
+        masks: Tensor | None,
+        content: Tensor | None,
+        s: EditSettings,
+    ) -> LatentEdit:
         clock = time.perf_counter
         began = clock()
-        x0 = self.model.encode_images(pixels.float() / 127.5 - 1)
+        whole = 1 if self.reproducible else max(1, len(pixels))
+        x0 = torch.cat([self.model.encode_images(part.float() / 127.5 - 1) for part in torch.split(pixels, whole)])
         if masks is None:
             contrast, mask, f_ratio = self.find_masks(x0, references, queries, seeds, s)
         else:
@@ -206,7 +271,8 @@ class DiffEditor:
             path = self.encode(x0[rows.to(x0.device)], s)
             encoded = clock()
             y0 = self.decode(path, mask[rows], [queries[int(i)] for i in rows], s)
-            edited[rows] = ((self.model.decode_latents(y0) + 1) * 127.5).round().to(torch.uint8).cpu()
+            decoded_parts = [self.model.decode_latents(part) for part in torch.split(y0, whole)]
+            edited[rows] = ((torch.cat(decoded_parts) + 1) * 127.5).round().to(torch.uint8).cpu()
             decoded = clock()
         seconds = {"mask": masked - began, "encode": encoded - masked, "decode": decoded - encoded}
         return LatentEdit(edited, contrast, mask, f_ratio, seconds)
@@ -231,8 +297,8 @@ class DiffEditor:
             t = self.model.schedule.time_at(s.steps, s.mask_strength)
             z = torch.stack([row_noise(seeds[i], n, x0.shape[1:]) for i in rows]).to(x0.device)
             x_t = add_noise(x0[rows][:, None], z, self.model.schedule.alpha(t).to(x0.device)).flatten(0, 1)
-            reference = self.model.embed_prompts([texts[i][0] for i in rows]).repeat_interleave(n, 0)
-            query = self.model.embed_prompts([texts[i][1] for i in rows]).repeat_interleave(n, 0)
+            reference = self._embed([texts[i][0] for i in rows]).repeat_interleave(n, 0)
+            query = self._embed([texts[i][1] for i in rows]).repeat_interleave(n, 0)
             d = noise_contrast(self._predict(x_t, t, query), self._predict(x_t, t, reference))
             contrast[rows] = d.reshape(len(rows), n, *d.shape[1:]).cpu()
         f_ratio = significance(contrast)
@@ -255,7 +321,7 @@ class DiffEditor:
         self, path: Sequence[tuple[int, Tensor]], mask: Tensor, queries: Sequence[str], s: EditSettings
     ) -> Tensor:
         """Step 3 (section 3.2, eq. 3): decode with the query; outside the mask, x_t at the same t, down to x0."""
-        query = self.model.embed_prompts(queries)
+        query = self._embed(queries)
         empty = self.model.embed_prompts([""]).expand_as(query)
         start, y = path[-1]
         m = mask[:, None].to(y.device, y.dtype)
@@ -271,8 +337,27 @@ class DiffEditor:
 
     def _predict(self, x: Tensor, t: int, embeddings: Tensor) -> Tensor:
         """The UNet over a batch of any length, `unet_batch` at a time."""
-        parts = zip(torch.split(x, self.unet_batch), torch.split(embeddings, self.unet_batch), strict=True)
-        return torch.cat([self.model.predict(latents, t, texts) for latents, texts in parts])
+        size, n = self.unet_batch, len(x)
+        x = x.contiguous()  # kernels, and so rounding, follow the layout, which slicing may have changed
+        if self.reproducible and n % size:
+            missing = size - n % size
+            x, embeddings = (torch.cat([y, y[:1].expand(missing, *y.shape[1:])]) for y in (x, embeddings))
+        parts = zip(torch.split(x, size), torch.split(embeddings, size), strict=True)
+        return torch.cat([self.model.predict(latents, t, texts) for latents, texts in parts])[:n]
+
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        if self.reproducible:
+            return torch.cat([self.model.embed_prompts([text]) for text in texts])
+        return self.model.embed_prompts(texts)
+
+
+def _joined(edits: Sequence[LatentEdit]) -> LatentEdit:
+    """The parts of one batch as one."""
+    if len(edits) == 1:
+        return edits[0]
+    whole = {name: torch.cat([getattr(e, name) for e in edits]) for name in ("pixels", "contrast", "mask")}
+    seconds = {step: sum(e.seconds[step] for e in edits) for step in edits[0].seconds}
+    return LatentEdit(**whole, significance=torch.cat([e.significance for e in edits]), seconds=seconds)
 
 
 def _as_array(image: ImageLike) -> NDArray[np.uint8]:

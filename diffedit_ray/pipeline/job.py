@@ -29,6 +29,7 @@ from diffedit_ray.dataset.records import FAILED, Done, OutputLayout
 from diffedit_ray.diffusion.model import model_geometry, model_revision
 from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
 from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
+from diffedit_ray.pipeline.guard import start_ledger
 from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields
 from diffedit_ray.settings import EditSettings, JobSettings
 
@@ -134,7 +135,7 @@ def edit_dataset(
     schema = pa.schema(list(zip(found.names, (_arrow_type(t) for t in found.types), strict=True)))
     columns = match_columns(schema, job.columns)
     planner = RowPlanner(columns, settings or EditSettings(), model_revision(model), job.image_format)
-    edited = _edited(ds, planner, model, job, storage.absolute(base_uri), None)
+    edited = _edited(ds, planner, model, job, storage.absolute(base_uri), None, start_ledger())
     collect = Collect(model_geometry(model), job, records.record_schema(carried_fields(columns)))
     return edited.map_batches(collect, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)
 
@@ -144,7 +145,13 @@ def _arrow_type(kind: Any) -> pa.DataType:
 
 
 def _edited(
-    ds: ray.data.Dataset, planner: RowPlanner, model: str, job: JobSettings, base_uri: str, done: Done | None
+    ds: ray.data.Dataset,
+    planner: RowPlanner,
+    model: str,
+    job: JobSettings,
+    base_uri: str,
+    done: Done | None,
+    ledger: Any,
 ) -> ray.data.Dataset:
     """plan → fetch → edit, lazily."""
     import ray
@@ -155,16 +162,17 @@ def _edited(
     rows = ds.map_batches(plan, num_cpus=IO_CPUS, **blocks)
     # a block is a batch, from here to its record file: small enough to share out, and all that one bad block can hurt
     rows = rows.repartition(target_num_rows_per_block=job.batch_size)
-    rows = rows.map_batches(Fetch(geometry, base_uri, job), num_cpus=IO_CPUS, **blocks)
+    rows = rows.map_batches(Fetch(geometry, base_uri, job, ledger), num_cpus=IO_CPUS, **blocks)
     pool = replicas(job)
     return rows.map_batches(
         Edit,
         fn_constructor_kwargs={
             "source": model,
             "device": pool.device,
-            "dtype": job.dtype,
             "threads": pool.threads,
             "geometry": geometry,
+            "job": job,
+            "ledger": ledger,
         },
         compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most, max_tasks_in_flight_per_actor=2),
         num_cpus=pool.cpus,
@@ -253,8 +261,9 @@ def run_edit_job(
         if plan.pending:
             start_ray()
             ds = _read(files, schema)
-            edited = _edited(ds, planner, model, job, manifest_folder(manifest), done)
-            store = Store(model_geometry(model), job, layout, records.record_schema(carried_fields(columns)))
+            ledger = start_ledger()
+            edited = _edited(ds, planner, model, job, manifest_folder(manifest), done, ledger)
+            store = Store(model_geometry(model), job, layout, records.record_schema(carried_fields(columns)), ledger)
             stored = edited.map_batches(store, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)
             _drain(stored, plan.pending, summary, progress)
     except KeyboardInterrupt:

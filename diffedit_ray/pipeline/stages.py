@@ -7,8 +7,10 @@ What goes wrong with a row is written into it, and it travels on.
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -33,9 +35,17 @@ from diffedit_ray.diffusion.framing import (
     pixel_alpha,
 )
 from diffedit_ray.errors import DiffEditError, ErrorCode, RowError
+from diffedit_ray.pipeline.guard import Guard
 from diffedit_ray.settings import EditSettings, JobSettings
 
 Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+STORE_THREADS = 4
+"""Images one store task encodes and writes at the same time."""
+LEAST_EDIT_SECONDS = 60.0
+"""However fast rows are, one may take this long before it counts as hung."""
 
 PENDING = "pending"
 """The status of a row that nothing has gone wrong with yet; never recorded."""
@@ -85,6 +95,25 @@ def _map_rows(table: pa.Table, function: Callable[[list[Row]], None]) -> pa.Tabl
     rows = table.to_pylist()
     function(rows)
     return pa.Table.from_pylist(rows, schema=table.schema)
+
+
+def _all_at_once(
+    function: Callable[[Row], Row], rows: Sequence[Row], threads: int, seconds: float
+) -> Iterator[tuple[Row, Row | Exception]]:
+    """Each row with what `function` makes of a copy of it, or what it raised, each within `seconds`.
+
+    A thread that is late goes on in the background and is not waited for; nothing can stop it.
+    """
+    pool = ThreadPoolExecutor(threads)
+    waves = -(-len(rows) // threads)
+    deadline = time.monotonic() + seconds * waves
+    waiting = [(row, pool.submit(function, dict(row))) for row in rows]
+    for row, future in waiting:
+        try:
+            yield row, future.result(timeout=max(0.0, deadline - time.monotonic()))
+        except Exception as error:
+            yield row, error
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -144,26 +173,29 @@ class Fetch:
     geometry: Geometry
     base_uri: str
     job: JobSettings
+    ledger: Any = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Fetch the rows that are still pending."""
         return _map_rows(table, self._fetch_all)
 
     def _fetch_all(self, rows: list[Row]) -> None:
-        pending = [row for row in rows if row["status"] == PENDING]
-        pool = ThreadPoolExecutor(self.job.fetch_threads)
-        waiting = [(row, pool.submit(self._fetch, dict(row))) for row in pending]
-        for row, future in waiting:
-            try:
-                row.update(future.result(timeout=self.job.fetch_timeout))
-            except RowError as error:
-                fail(row, error)
-            except FutureTimeout:
+        # the threads below keep to the time limit; the guard's is for what no thread survives
+        guard = Guard("fetch", self.ledger, 2 * self.job.fetch_timeout, self.job.row_tries, fail)
+        guard.run([row for row in rows if row["status"] == PENDING], self._fetch_pending)
+
+    def _fetch_pending(self, pending: list[Row]) -> None:
+        for row, result in _all_at_once(self._fetch, pending, self.job.fetch_threads, self.job.fetch_timeout):
+            if isinstance(result, RowError):
+                fail(row, result)
+            elif isinstance(result, FutureTimeout):
                 seconds = self.job.fetch_timeout
                 fail(row, RowError(ErrorCode.TIMEOUT, f"{row['image_uri']} did not arrive within {seconds:g} s"))
-            except Exception as error:  # a bug or a library's surprise must stay this row's own
-                fail(row, RowError(ErrorCode.FETCH_FAILED, f"{row['image_uri']}: {type(error).__name__}: {error}"))
-        pool.shutdown(wait=False, cancel_futures=True)
+            elif isinstance(result, Exception):  # a bug or a library's surprise must stay this row's own
+                message = f"{row['image_uri']}: {type(result).__name__}: {result}"
+                fail(row, RowError(ErrorCode.FETCH_FAILED, message))
+            else:
+                row.update(result)
 
     def _fetch(self, row: Row) -> Row:
         began = time.perf_counter()
@@ -188,9 +220,19 @@ class Fetch:
 
 
 class Edit:
-    """One model replica in an actor: mask, encode, decode for the rows of a batch."""
+    """One model replica in an actor: mask, encode, decode for the rows of a batch.
 
-    def __init__(self, source: str, device: str, dtype: str, threads: int | None, geometry: Geometry) -> None:
+    Args:
+        source: The checkpoint.
+        device, threads: Where it runs.
+        geometry: The sizes it works at.
+        job: The run's settings.
+        ledger: What `Guard` keeps book with.
+    """
+
+    def __init__(
+        self, source: str, device: str, threads: int | None, geometry: Geometry, job: JobSettings, ledger: Any = None
+    ) -> None:
         import torch
 
         from diffedit_ray.diffusion.editor import DiffEditor
@@ -198,25 +240,39 @@ class Edit:
 
         if threads is not None:
             torch.set_num_threads(threads)
-        self.editor = DiffEditor(LatentDiffusionModel.load(source, device, dtype))
-        self.geometry = geometry
+        self.editor = DiffEditor(
+            LatentDiffusionModel.load(source, device, job.dtype),
+            # padding to more than a batch would be work for nothing
+            unet_batch=min(64, job.batch_size) if job.reproducible else 64,
+            reproducible=job.reproducible,
+        )
+        self.geometry, self.job, self.ledger = geometry, job, ledger
+        self.slowest = 0.0
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Edit the rows that are still pending."""
         return _map_rows(table, self._edit_all)
 
     def _edit_all(self, rows: list[Row]) -> None:
+        limit = self.job.edit_timeout
+        if self.slowest:  # by now it is known how long a row takes here; a hang need not cost the whole limit
+            limit = min(limit, max(LEAST_EDIT_SECONDS, 20 * self.slowest))
+        guard = Guard("edit", self.ledger, limit, self.job.row_tries, fail)
+        guard.run([row for row in rows if row["status"] == PENDING], self._edit_pending)
+
+    def _edit_pending(self, pending: list[Row]) -> None:
+        began = time.monotonic()
         groups: dict[Any, list[Row]] = {}
-        for row in rows:
-            if row["status"] == PENDING:
-                frame = frame_of(row, self.geometry)
-                size = (frame.model_height, frame.model_width)
-                groups.setdefault((settings_of(row), size, row["_latent_mask"] is not None), []).append(row)
+        for row in pending:
+            frame = frame_of(row, self.geometry)
+            size = (frame.model_height, frame.model_width)
+            groups.setdefault((settings_of(row), size, row["_latent_mask"] is not None), []).append(row)
         for (settings, size, _), members in groups.items():
             try:
                 self._edit(members, settings, size)
             except Exception as error:
                 self._edit_alone(members, settings, size, error)
+        self.slowest = max(self.slowest, (time.monotonic() - began) / len(pending))
 
     def _edit_alone(self, rows: list[Row], settings: EditSettings, size: tuple[int, int], error: Exception) -> None:
         """One of `rows` broke the batch: find it, edit the others."""
@@ -226,8 +282,11 @@ class Edit:
                     raise error
                 self._edit([row], settings, size)
             except Exception as own:
-                message = f"{row['image_uri']}: the edit failed with {type(own).__name__}: {own}"
-                fail(row, RowError(ErrorCode.EDIT_FAILED, message))
+                if device_is_lost(own):
+                    # no call into a dead context ever works again; sys.exit would leave a zombie that Ray waits for
+                    logger.error("the accelerator is lost, so this process ends and Ray starts another: %s", own)
+                    os._exit(1)
+                fail(row, _edit_error(row, own))
 
     def _edit(self, rows: Sequence[Row], settings: EditSettings, size: tuple[int, int]) -> None:
         import torch
@@ -260,6 +319,25 @@ class Edit:
                 row.update(status=EDITED, _edited=pixels[i].tobytes(), _latent_mask=mask.tobytes())
             else:
                 row.update({f.name: None for f in _WORK_FIELDS}, status=UNCHANGED)
+
+
+def device_is_lost(error: Exception) -> bool:
+    """Whether an accelerator's context is beyond use: an illegal access, a failed assertion, a dead device."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def _edit_error(row: Row, error: Exception) -> RowError:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        side = f"{row['width']}×{row['height']} pixels, resolution = {row['resolution'] or 'the model’s own'}"
+        message = f"{row['image_uri']} alone needs more memory than there is ({side}); use a lower resolution"
+        return RowError(ErrorCode.OUT_OF_MEMORY, message)
+    return RowError(ErrorCode.EDIT_FAILED, f"{row['image_uri']}: the edit failed with {type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
@@ -297,36 +375,49 @@ class Store:
     job: JobSettings
     layout: OutputLayout
     schema: pa.Schema
+    ledger: Any = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Store a block of rows; their records are one new file."""
         rows = table.to_pylist()
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            list(pool.map(self._store, rows))
+        guard = Guard("store", self.ledger, 2 * self.job.store_timeout, self.job.row_tries, fail)
+        guard.run([row for row in rows if row["status"] == EDITED], self._store_edited)
         for row in rows:
             row["recorded_at"] = datetime.now(UTC)
         if rows:
             records.write_records(self.layout, rows, self.schema)
         return table.schema.empty_table().select(REPORT) if not rows else _report(rows)
 
-    def _store(self, row: Row) -> None:
-        if row["status"] != EDITED:
-            return
+    def _store_edited(self, rows: list[Row]) -> None:
+        for row, result in _all_at_once(self._store, rows, STORE_THREADS, self.job.store_timeout):
+            if isinstance(result, RowError):
+                fail(row, result)
+            elif isinstance(result, FutureTimeout):
+                seconds = self.job.store_timeout
+                message = f"{row['image_uri']}: its image and mask could not be written within {seconds:g} s"
+                fail(row, RowError(ErrorCode.TIMEOUT, message))
+            elif isinstance(result, DiffEditError):
+                fail(row, RowError(ErrorCode.STORE_FAILED, str(result)))
+            elif isinstance(result, Exception):  # as in Fetch: this row's own
+                message = f"{row['image_uri']}: {type(result).__name__}: {result}"
+                fail(row, RowError(ErrorCode.STORE_FAILED, message))
+            else:
+                row.update(result)
+
+    def _store(self, row: Row) -> Row:
         began = time.perf_counter()
-        try:
-            image, mask, fraction = _Finisher(self.geometry, self.job).files(row)
-            image_uri = self.layout.image(row["id"], self.job.image_format)
-            mask_uri = self.layout.mask(row["id"])
-            storage.write_bytes(image_uri, image)
-            storage.write_bytes(mask_uri, mask)
-        except DiffEditError as error:
-            fail(row, error if isinstance(error, RowError) else RowError(ErrorCode.STORE_FAILED, str(error)))
-            return
-        except Exception as error:  # as in Fetch: this row's own
-            fail(row, RowError(ErrorCode.STORE_FAILED, f"{row['image_uri']}: {type(error).__name__}: {error}"))
-            return
-        row.update(edited_uri=image_uri, mask_uri=mask_uri, mask_fraction=fraction)
-        row.update(sha256=hashlib.sha256(image).hexdigest(), store_seconds=time.perf_counter() - began)
+        image, mask, fraction = _Finisher(self.geometry, self.job).files(row)
+        image_uri = self.layout.image(row["id"], self.job.image_format)
+        mask_uri = self.layout.mask(row["id"])
+        storage.write_bytes(image_uri, image)
+        storage.write_bytes(mask_uri, mask)
+        return {
+            "edited_uri": image_uri,
+            "mask_uri": mask_uri,
+            "mask_fraction": fraction,
+            "sha256": hashlib.sha256(image).hexdigest(),
+            "store_seconds": time.perf_counter() - began,
+        }
 
 
 REPORT = ["id", "status", "error_code"]

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def edit(tiny_folder: Path) -> Edit:
-    return Edit(str(tiny_folder), "cpu", "float32", 2, model_geometry(str(tiny_folder)))
+    return Edit(str(tiny_folder), "cpu", 2, model_geometry(str(tiny_folder)), JobSettings(dtype="float32"))
 
 
 class Line:
