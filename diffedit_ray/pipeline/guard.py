@@ -51,6 +51,10 @@ class Ledger:
     def __init__(self) -> None:
         self._open: dict[str, Trial] = {}
 
+    def look(self, key: str) -> Trial:
+        """What is known of work that is about to begin."""
+        return self._open.get(key, Trial())
+
     def begin(self, key: str) -> Trial:
         """Note that work begins; returns what became of it the times before."""
         trial = self._open.setdefault(key, Trial())
@@ -122,10 +126,11 @@ class Guard:
         self._ask("forget", [whole, *alone.values()], None)
 
     def _run_alone(self, row: dict[str, Any], key: str, work: Callable[[list[dict[str, Any]]], None]) -> None:
-        before = self._ask("begin", key, Trial())
+        before = self._ask("look", key, Trial())
         if before.deaths >= self.tries:
             self.fail(row, self._verdict(row, before))
             return
+        self._ask("begin", key, None)
         with self._watched(key, self.seconds):
             work(_hooked(self.stage, [row]))
         self._ask("end", key, None)
