@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +34,10 @@ def start_ray() -> None:
     if not os.environ.get("RAY_ADDRESS"):
         # fewer than two and the actor would leave no room for the tasks that feed it
         options.update(address="local", include_dashboard=False, num_cpus=max(2, os.cpu_count() or 2))
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(**options)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)  # Ray puts its own in place, which leaves without winding up
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from diffedit_ray.diffusion.model import model_geometry, model_revision
 from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
 from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
 from diffedit_ray.pipeline.guard import start_ledger
+from diffedit_ray.pipeline.interrupt import interruptible
 from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields
 from diffedit_ray.settings import EditSettings, JobSettings
 
@@ -220,11 +222,22 @@ def run_edit_job(
         >>> summary.edited > 20, summary.failed
         (True, 1)
     """
+    with interruptible():
+        return _run(os.fspath(manifest), os.fspath(output), os.fspath(model), settings, job, progress)
+
+
+def _run(
+    manifest: str,
+    output: str,
+    model: str,
+    settings: EditSettings | None,
+    job: JobSettings | None,
+    progress: Callable[[int, Mapping[str, int]], None] | None,
+) -> JobSummary:
     began = time.monotonic()
     started = datetime.now(UTC)
     settings, job = settings or EditSettings(), job or JobSettings()
-    manifest, output = storage.absolute(os.fspath(manifest)), storage.absolute(os.fspath(output))
-    model = os.fspath(model)
+    manifest, output = storage.absolute(manifest), storage.absolute(output)
     model = storage.absolute(model) if os.path.isdir(os.path.expanduser(model)) else model
     revision = model_revision(model)
     files = manifest_files(manifest)
@@ -318,11 +331,12 @@ def _drain(
     counts: Counter[str] = Counter()
     if progress is not None:
         progress(pending, counts)
-    for batch in stored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        counts.update(batch["status"].to_pylist())
-        summary.edited_now = sum(counts.values())
-        if progress is not None:
-            progress(pending, counts)
+    with closing(iter(stored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))) as batches:
+        for batch in batches:
+            counts.update(batch["status"].to_pylist())
+            summary.edited_now = sum(counts.values())
+            if progress is not None:
+                progress(pending, counts)
 
 
 def _plan(files: list[str], columns: Columns, planner: RowPlanner, done: Done) -> _Plan:
