@@ -25,6 +25,10 @@ class OutputError(DiffEditError):
     """The output cannot be used, or does not hold what the job should have left there."""
 
 
+class PreflightError(DiffEditError):
+    """Something the whole run needs does not work: reading images, writing the output."""
+
+
 class ErrorCode(StrEnum):
     """Why a row failed, as its record says it."""
 

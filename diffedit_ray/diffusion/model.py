@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -69,6 +70,27 @@ def model_revision(source: str) -> str:
                     while chunk := stream.read(1 << 22):
                         digest.update(chunk)
     return digest.hexdigest()[:16]
+
+
+def check_checkpoint(source: str) -> None:
+    """Read every part's configuration and the header of every weights file, without loading a tensor.
+
+    Raises:
+        ModelError: As `checkpoint_folder`, or a part is damaged, empty or cut short.
+    """
+    folder = checkpoint_folder(source)
+    model_geometry(source)
+    for part in ("vae", "unet", "text_encoder"):
+        files = sorted((folder / part).glob("*.safetensors"))
+        if not files and not any((folder / part).glob("*.bin")):
+            raise ModelError(f"{folder / part} holds no weights; expected a .safetensors file")
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as weights:
+                    if not weights.keys():
+                        raise ModelError(f"{file} holds no tensors")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file} is damaged or cut short ({error}); fetch the checkpoint again") from error
 
 
 def model_geometry(source: str) -> Geometry:
