@@ -56,10 +56,11 @@ class EditSettings(_Settings):
     )
     mask_maps: int = Field(10, ge=1, le=100, description="Noise samples averaged for the mask: the paper's n.")
     mask_clip: float = Field(
-        0.98,
-        gt=0,
-        le=1,
-        description="Quantile of each contrast map above which values count as extremes and are clipped; 1 clips none.",
+        0.5,
+        ge=0,
+        lt=1,
+        description="Share of the contrast's energy (squared excess over its median) whose cells count as extremes "
+        "and are clipped; 0 clips none.",
     )
     mask_significance: float = Field(
         2.0,

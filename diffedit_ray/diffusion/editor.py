@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffedit_ray.diffusion.framing import finish, fit, frame_for, latent_mask_from, over_white, pixel_alpha
-from diffedit_ray.diffusion.mask import average_contrast, binarise, noise_contrast, rescale, significance
+from diffedit_ray.diffusion.mask import average_contrast, binarise, clip_extremes, noise_contrast, rescale, significance
 from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.diffusion.noise import row_noise
 from diffedit_ray.diffusion.schedule import add_noise
@@ -302,7 +302,7 @@ class DiffEditor:
             d = noise_contrast(self._predict(x_t, t, query), self._predict(x_t, t, reference))
             contrast[rows] = d.reshape(len(rows), n, *d.shape[1:]).cpu()
         f_ratio = significance(contrast)
-        soft = rescale(average_contrast(contrast, s.mask_clip))
+        soft = rescale(clip_extremes(average_contrast(contrast), s.mask_clip))
         mask = binarise(soft, s.mask_threshold) & (f_ratio >= s.mask_significance)[:, None, None]
         return soft, mask, f_ratio
 

@@ -15,19 +15,27 @@ def noise_contrast(query: Tensor, reference: Tensor) -> Tensor:
     return (query.float() - reference.float()).abs().mean(dim=-3)
 
 
-def remove_extremes(contrast: Tensor, quantile: float) -> Tensor:
-    """Clip each map at its own `quantile`: (..., h, w) -> (..., h, w).
+def average_contrast(contrast: Tensor) -> Tensor:
+    """Average n maps without each cell's highest fifth: (..., n, h, w) -> (..., h, w).
 
-    The paper removes extreme values and gives no formula; a quantile of the map itself
-    knows nothing of batch-mates, and one hot cell cannot set the scale of the mask.
+    The paper removes extreme values and averages, and gives no formula. This removes what only
+    a few of the noise samples have; `clip_extremes` sees to cells that are extreme in all of them.
     """
-    limit = torch.quantile(contrast.flatten(-2), quantile, dim=-1)
-    return contrast.minimum(limit[..., None, None])
+    n = contrast.shape[-3]
+    return contrast.sort(-3).values[..., : n - n // 5, :, :].mean(-3)
 
 
-def average_contrast(contrast: Tensor, quantile: float) -> Tensor:
-    """Average n maps without their extremes: (..., n, h, w) -> (..., h, w)."""
-    return remove_extremes(contrast, quantile).mean(dim=-3)
+def clip_extremes(contrast: Tensor, share: float) -> Tensor:
+    """Clip each map to where the cells above hold `share` of its energy: (..., h, w) -> (..., h, w).
+
+    Energy is the squared excess over the map's own median, so neither batch-mates nor the size of
+    the object in the picture decide where the clip falls. A quantile over cells would, for an
+    object of fewer cells than it cuts off, fall into the background's noise.
+    """
+    values = contrast.flatten(-2).sort(-1, descending=True).values
+    energy = (values - values.median(-1, keepdim=True).values).clamp_min(0).square().cumsum(-1)
+    above = (energy < share * energy[..., -1:]).sum(-1, keepdim=True).clamp_max(values.shape[-1] - 1)
+    return contrast.minimum(values.gather(-1, above)[..., None])
 
 
 def rescale(contrast: Tensor) -> Tensor:

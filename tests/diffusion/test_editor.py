@@ -42,7 +42,7 @@ def round_trip_error(editor: DiffEditor, x0: torch.Tensor, settings: EditSetting
 
 def test_contrast_is_the_papers(editor: DiffEditor, tiny_model: LatentDiffusionModel) -> None:
     x0 = latents_of(tiny_model, smooth_image())
-    soft, mask, _ = editor.find_masks(x0, [HORSE], [ZEBRA], [5], SHORT.with_overrides({"mask_clip": 1.0}))
+    soft, mask, _ = editor.find_masks(x0, [HORSE], [ZEBRA], [5], SHORT.with_overrides({"mask_clip": 0.0}))
     t = 401  # the fifth of 1, 101, 201, …
     x_t = add_noise(x0, row_noise(5, 4, (4, 8, 8)), tiny_model.schedule.alphas[t])
     query, reference = tiny_model.embed_prompts([ZEBRA]), tiny_model.embed_prompts([HORSE])

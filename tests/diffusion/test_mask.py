@@ -6,8 +6,8 @@ import torch
 from diffedit_ray.diffusion.mask import (
     average_contrast,
     binarise,
+    clip_extremes,
     noise_contrast,
-    remove_extremes,
     rescale,
     significance,
 )
@@ -25,27 +25,37 @@ def test_contrast_of_half_precision_is_taken_in_full() -> None:
     assert noise_contrast(query, reference).item() == 1000 + float(reference.float().abs())
 
 
-def test_extremes_are_clipped_at_each_maps_own_quantile() -> None:
-    quiet = torch.arange(101.0).reshape(1, 101)
+def test_extremes_are_clipped_where_half_of_each_maps_own_energy_begins() -> None:
+    quiet = torch.zeros(1, 101)
+    quiet[0, :6] = torch.tensor([1.0, 2, 3, 4, 5, 6])  # squares: 36 + 25 of 91 are more than half
     maps = torch.stack([quiet, quiet * 1000])
-    clipped = remove_extremes(maps, 0.9)
-    assert clipped.amax((1, 2)).tolist() == [90, 90_000]
-    assert torch.equal(clipped[0, 0, :91], quiet[0, :91])
-    assert torch.equal(remove_extremes(maps, 1.0), maps)
+    assert clip_extremes(maps, 0.5)[:, 0, :6].tolist() == [[1, 2, 3, 4, 5, 5], [1000, 2000, 3000, 4000, 5000, 5000]]
+    assert torch.equal(clip_extremes(maps, 0.0), maps)
+
+
+def test_an_object_of_a_few_cells_is_found_in_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    contrast = 0.04 * torch.randn(64, 64, generator=generator).abs()
+    contrast[20:23, 30:33] += torch.linspace(0.7, 1.0, 9).reshape(3, 3)
+    mask = binarise(rescale(clip_extremes(contrast, 0.5)), 0.5)
+    assert mask[20:23, 30:33].all()
+    assert mask.sum() == 9
 
 
 def test_one_hot_cell_in_one_map_does_not_set_the_scale() -> None:
     maps = torch.zeros(10, 16, 16)
     maps[:, :8, :8] = 1
     maps[3, 15, 15] = 1000
-    soft = rescale(average_contrast(maps, 0.98))
+    assert torch.equal(average_contrast(maps), maps[0])
+    soft = rescale(clip_extremes(average_contrast(maps), 0.5))
     assert torch.equal(binarise(soft, 0.5), maps[0] > 0)
-    assert binarise(rescale(average_contrast(maps, 1.0)), 0.5).sum() == 1
 
 
-def test_average_is_over_the_maps_alone() -> None:
+def test_average_is_over_the_maps_alone_and_leaves_out_the_highest_fifth() -> None:
     maps = torch.tensor([[[1.0, 2.0]], [[3.0, 6.0]]])
-    assert average_contrast(maps, 1.0).tolist() == [[2.0, 4.0]]
+    assert average_contrast(maps).tolist() == [[2.0, 4.0]]
+    five = torch.tensor([1.0, 100.0, 2.0, 3.0, 2.0]).reshape(5, 1, 1)
+    assert average_contrast(five).tolist() == [[2.0]]
 
 
 def test_rescaling_is_per_image() -> None:
