@@ -25,6 +25,14 @@ class OutputError(DiffEditError):
     """The output cannot be used, or does not hold what the job should have left there."""
 
 
+class ForbiddenError(OutputError):
+    """The credentials are missing, wrong, expired or not enough."""
+
+
+class MissingError(OutputError):
+    """There is nothing under that name."""
+
+
 class ErrorCode(StrEnum):
     """Why a row failed, as its record says it."""
 
