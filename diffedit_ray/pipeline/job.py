@@ -29,7 +29,7 @@ from diffedit_ray.dataset.records import FAILED, Done, OutputLayout
 from diffedit_ray.diffusion.model import model_geometry, model_revision
 from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
 from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
-from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields
+from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields, use_storage
 from diffedit_ray.settings import EditSettings, JobSettings
 
 if TYPE_CHECKING:
@@ -215,6 +215,7 @@ def run_edit_job(
     began = time.monotonic()
     started = datetime.now(UTC)
     settings, job = settings or EditSettings(), job or JobSettings()
+    use_storage(job)
     manifest, output = storage.absolute(os.fspath(manifest)), storage.absolute(os.fspath(output))
     model = os.fspath(model)
     model = storage.absolute(model) if os.path.isdir(os.path.expanduser(model)) else model
@@ -238,13 +239,13 @@ def run_edit_job(
     records.write_json(
         layout.config,
         {
-            "manifest": manifest,
-            "output": output,
+            "manifest": storage.shown(manifest),
+            "output": storage.shown(output),
             "model": model,
             "model_revision": revision,
             "started_at": started.isoformat(),
             "settings": settings.model_dump(),
-            "job": job.model_dump(),
+            "job": job.model_dump(mode="json"),
             "record_schema_version": records.SCHEMA_VERSION,
             "versions": _versions(),
         },
@@ -294,7 +295,7 @@ def _read(files: list[str], schema: pa.Schema) -> ray.data.Dataset:
         filesystem=storage.arrow_filesystem(fs),
         # the driver has chosen the files and seen all their columns; Ray would sample and filter them, and parse paths
         schema=schema,
-        file_extensions=sorted({path.rsplit(".", 1)[-1] for path in paths}),
+        file_extensions=None if storage.is_web(files[0]) else sorted({path.rsplit(".", 1)[-1] for path in paths}),
         partitioning=None,
     )
 
@@ -360,7 +361,7 @@ def _count(summary: JobSummary, ids: set[str]) -> list[str]:
 def _reason(error: Exception) -> str:
     """What broke a run, in one line: of a worker's traceback the last, which says it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return storage.shown(lines[-1]) if lines else type(error).__name__
 
 
 def _shown(ids: list[str]) -> str:
