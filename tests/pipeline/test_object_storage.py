@@ -35,7 +35,7 @@ def _storage() -> Iterator[None]:
 
 @pytest.fixture
 def source(s3: S3Server, bucket: str, tmp_path: Path) -> str:
-    """A manifest of nine edits and one row that changes nothing; of two images, one is named absolutely."""
+    """A manifest of nine edits and one row that changes nothing; one image and one mask are named absolutely."""
     fs = s3.filesystem()
     for file in save_pictures(tmp_path / "images").iterdir():
         fs.put_file(str(file), f"{bucket}/set/images/{file.name}")
@@ -48,7 +48,8 @@ def source(s3: S3Server, bucket: str, tmp_path: Path) -> str:
         row("images/wide.png", id="wide", mask_uri=f"s3://{bucket}/set/images/mask.png"),
     ]
     stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), stream)
+    # the first row's columns are the table's
+    pq.write_table(pa.Table.from_pylist([{"mask_uri": None, **r} for r in rows]), stream)
     fs.pipe_file(f"{bucket}/set/manifest.parquet", stream.getvalue())
     return f"s3://{bucket}/set/manifest.parquet"
 

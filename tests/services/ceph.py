@@ -147,16 +147,7 @@ def _wait_for(port: int, root: Path, seconds: float = 120) -> None:
     raise RuntimeError(f"the object gateway did not answer within {seconds:g} s\n{logs}")
 
 
-def _stop(pid_file: Path, seconds: float = 10) -> None:
-    try:
-        pid = int(pid_file.read_text())
-        os.kill(pid, signal.SIGKILL)  # its store is memory: there is nothing to save, and asking politely takes seconds
-    except (FileNotFoundError, ValueError, ProcessLookupError):
-        return
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.02)
+def _stop(pid_file: Path) -> None:
+    # its store is memory: there is nothing to save, and asking politely takes seconds
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
