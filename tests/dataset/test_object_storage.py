@@ -248,7 +248,7 @@ class TestFaults:
         proxy.rates = every(Fault.HANG, rate=1)
         began = time.monotonic()
         assert _refused(f"{watched}/a").code is ErrorCode.FETCH_FAILED
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 20, "a hundred tries would take minutes"
 
     def test_nobody_listening(self, root: str, s3: S3Server) -> None:
         storage.configure({"s3": s3.at("http://127.0.0.1:9").options}, tries=2)
