@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -36,9 +37,8 @@ def _option(name: str, info: FieldInfo) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     kind: Any = info.annotation
     help_text = info.description or ""
-    if get_origin(kind) is dict:
-        kind = list[str] | None
-        metavar, default = "NAME=COLUMN[,…]", None
+    if name in _PARSERS:
+        kind, metavar, default = list[str] | None, _PARSERS[name][0], None
     else:
         metavar, default = None, info.default
     if kind is bool:
@@ -59,12 +59,13 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     fields = [(m, name, info) for m in models for name, info in m.model_fields.items()]
 
     def wrapper(**given: Any) -> None:
-        if given.get("columns") is not None:
-            given["columns"] = _parse_columns(given["columns"])
-        else:
-            given["columns"] = {}
+        for name, (_, parse) in _PARSERS.items():
+            if given[name] is None:
+                del given[name]
+            else:
+                given[name] = parse(given[name])
         try:
-            built = [m(**{name: given.pop(name) for model, name, _ in fields if model is m}) for m in models]
+            built = [m(**{n: given.pop(n) for model, n, _ in fields if model is m and n in given}) for m in models]
         except ValidationError as error:
             raise SettingsError(explain(error)) from None
         command(**given, settings=built[0], job=built[1])
@@ -83,6 +84,43 @@ def _parse_columns(given: Sequence[str]) -> dict[str, str]:
             raise SettingsError(f"--columns takes NAME=COLUMN, as in image_uri=url,query=caption; not {part!r}")
         columns[name.strip()] = own.strip()
     return columns
+
+
+def _parse_schemes(given: Sequence[str]) -> list[str]:
+    return [scheme for part in given for scheme in part.split(",") if scheme.strip()]
+
+
+def _parse_storage_options(given: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for text in given:
+        source = "--storage-options"
+        if not text.lstrip().startswith("{"):
+            source = f"--storage-options {text}"
+            try:
+                with open(os.path.expanduser(text), encoding="utf-8") as file:
+                    text = file.read()
+            except (OSError, UnicodeDecodeError) as error:
+                # whatever it is, it may have been meant as the options themselves
+                reason = getattr(error, "strerror", None) or "not a text file"
+                raise SettingsError(
+                    f"--storage-options takes JSON, starting with {{, or the path of a JSON file: {reason}"
+                ) from None
+        try:
+            read = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SettingsError(f"{source}: not JSON: {error.msg} at character {error.pos + 1}") from None
+        if not isinstance(read, dict):
+            raise SettingsError(f'{source}: must be an object of protocols, such as {{"s3": {{…}}}}')
+        options.update(read)
+    return options
+
+
+_PARSERS: dict[str, tuple[str, Callable[[Sequence[str]], Any]]] = {
+    "columns": ("NAME=COLUMN[,…]", _parse_columns),
+    "image_schemes": ("SCHEME[,…]", _parse_schemes),
+    "storage_options": ("JSON|FILE", _parse_storage_options),
+}
+"""Settings that are no single value: how their option is shown, and read from all it was given."""
 
 
 @app.command()

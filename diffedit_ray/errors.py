@@ -29,6 +29,14 @@ class PreflightError(DiffEditError):
     """Something the whole run needs does not work: reading images, writing the output."""
 
 
+class ForbiddenError(OutputError):
+    """The credentials are missing, wrong, expired or not enough."""
+
+
+class MissingError(OutputError):
+    """There is nothing under that name."""
+
+
 class ErrorCode(StrEnum):
     """Why a row failed, as its record says it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Secret, ValidationError, field_validator
 
 from diffedit_ray.errors import SettingsError
 
@@ -20,7 +20,7 @@ class _Settings(BaseModel):
             SettingsError: An unknown field, or a value outside its range.
         """
         try:
-            return type(self)(**{**self.model_dump(), **overrides})
+            return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **overrides})
         except ValidationError as error:
             raise SettingsError(explain(error)) from None
 
@@ -30,8 +30,20 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
         field = ".".join(str(p) for p in item["loc"]) or "settings"
-        parts.append(f"{field}: {item['msg'][:1].lower()}{item['msg'][1:]} (got {item['input']!r})")
+        secret = item["loc"][:1] == ("storage_options",) or item["type"] == "extra_forbidden"  # it, misspelt
+        given = "" if secret else f" (got {item['input']!r})"
+        parts.append(f"{field}: {item['msg'][:1].lower()}{item['msg'][1:]}{given}")
     return "; ".join(parts)
+
+
+class StorageOptions(Secret[dict[str, dict[str, Any]]]):
+    """Protocol -> options of its fsspec filesystem. Whatever prints or dumps it gets the names, never a value.
+
+    Plain dictionaries are taken where one is wanted; `get_secret_value` gives them back, and so does pickling.
+    """
+
+    def _display(self) -> str:
+        return ", ".join(f"{protocol}({', '.join(held)})" for protocol, held in self.get_secret_value().items())
 
 
 class EditSettings(_Settings):
@@ -88,6 +100,8 @@ class EditSettings(_Settings):
 class JobSettings(_Settings):
     """How a run is done. None of these but the image format changes a result by more than rounding."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # it may be a password
+
     batch_size: int = Field(16, ge=1, le=1024, description="Rows an actor edits at once.")
     min_actors: int = Field(1, ge=1, description="Model replicas kept at the least.")
     max_actors: int | None = Field(
@@ -108,7 +122,7 @@ class JobSettings(_Settings):
     )
     max_bytes: int = Field(200_000_000, ge=1, description="Largest image file accepted, in bytes.")
     fetch_threads: int = Field(16, ge=1, le=256, description="Images one fetch task reads at the same time.")
-    fetch_timeout: float = Field(60.0, gt=0, description="Seconds one image may take to arrive.")
+    fetch_timeout: float = Field(120.0, gt=0, description="Seconds one image may take to arrive, all tries included.")
     edit_timeout: float = Field(
         600.0, gt=0, description="Seconds the edit of one row may take; a batch may take that for each of its rows."
     )
@@ -124,6 +138,23 @@ class JobSettings(_Settings):
         description="Pad every batch to one size, so that a row's bytes never depend on the rows beside it; "
         "off, they may differ by 1/255 here and there. Costs nothing where batches are full.",
     )
+    storage_options: StorageOptions = Field(
+        default_factory=lambda: StorageOptions({}),
+        description="Options of the fsspec filesystem of each protocol, as JSON or as the path of a JSON file, which "
+        'keeps secrets out of the process list: {"s3": {"endpoint_url": …, "key": …, "secret": …}}. What they leave '
+        "out comes from the environment. Never shown, logged or recorded.",
+    )
+    storage_tries: int = Field(
+        5, ge=1, le=100, description="Times one read, write or listing is tried before it has failed; 1 tries no more."
+    )
+    storage_seconds: float = Field(
+        60.0, gt=0, description="Seconds that all tries of one read, write or listing may take together."
+    )
+    image_schemes: list[str] | None = Field(
+        None,
+        description="Schemes that image and mask URIs may have, such as s3 or https; file is a path. "
+        "None allows every one that fsspec knows.",
+    )
     max_failed: float = Field(
         1.0, ge=0, le=1, description="Share of failed rows above which the run ends with exit code 3; 1 allows any."
     )
@@ -136,3 +167,8 @@ class JobSettings(_Settings):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Contract column -> the manifest's own name for it."
     )
+
+    @field_validator("image_schemes")
+    @classmethod
+    def _schemes(cls, given: list[str] | None) -> list[str] | None:
+        return None if given is None else [scheme.strip().removesuffix("://").lower() for scheme in given]

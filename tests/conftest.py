@@ -9,6 +9,8 @@ import torch
 
 from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.pipeline.cluster import start_ray
+from tests.services.s3 import S3Server, s3_server
+from tests.services.web import FileServer
 from tests.tiny import save_tiny_checkpoint
 
 
@@ -27,6 +29,23 @@ def local_ray() -> Iterator[None]:
     start_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> str:
+    return s3.make_bucket()
+
+
+@pytest.fixture
+def web_files() -> Iterator[FileServer]:
+    with FileServer().running() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True, scope="session")

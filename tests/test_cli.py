@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffedit_ray.cli import main
-from diffedit_ray.dataset import records
+from diffedit_ray.dataset import records, storage
 from diffedit_ray.dataset.manifest import RowPlanner, manifest_schema, match_columns
 from diffedit_ray.diffusion.model import model_revision
 from diffedit_ray.settings import EditSettings, JobSettings
@@ -121,6 +122,31 @@ class TestWrongUse:
         line = _complaint(capsys, "edit", manifest, "out", "--model", "demo", "--columns", columns)
         assert "NAME=COLUMN" in line
 
+    @pytest.mark.parametrize(
+        ("text", "named"),
+        [
+            ('{"s3": {"secret": "swordfish"', "not JSON"),
+            ('{"s3": "swordfish"}', "storage_options.s3"),
+            ("swordfish", "the path of a JSON file: No such file"),
+        ],
+    )
+    def test_storage_options_of_the_wrong_form_are_not_shown(
+        self, capsys: pytest.CaptureFixture[str], manifest: Path, text: str, named: str
+    ) -> None:
+        line = _complaint(capsys, "edit", manifest, "out", "--model", "demo", "--storage-options", text)
+        assert named in line
+        assert "swordfish" not in line
+
+    def test_a_file_of_storage_options_that_is_no_object(
+        self, capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "options.json").write_text('["swordfish"]')
+        line = _complaint(
+            capsys, "edit", manifest, "out", "--model", "demo", "--storage-options", tmp_path / "options.json"
+        )
+        assert "must be an object" in line
+        assert "swordfish" not in line
+
     def test_columns_that_are_not_there(
         self, capsys: pytest.CaptureFixture[str], manifest: Path, tiny_folder: Path, tmp_path: Path
     ) -> None:
@@ -148,6 +174,27 @@ class TestWrongUse:
         self, capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path
     ) -> None:
         assert "unet" in _complaint(capsys, "edit", manifest, tmp_path / "out", "--model", tmp_path)
+
+
+class TestStorageOptions:
+    @pytest.mark.parametrize("as_file", [True, False])
+    def test_they_reach_storage_and_not_the_run_files(
+        self, manifest: Path, recorded: Path, tiny_folder: Path, tmp_path: Path, as_file: bool
+    ) -> None:
+        given = '{"memory": {"secret": "swordfish"}}'
+        if as_file:
+            (tmp_path / "options.json").write_text(given)
+            given = str(tmp_path / "options.json")
+        try:
+            arguments = ["edit", str(manifest), str(recorded), "--model", str(tiny_folder)]
+            assert main([*arguments, "--storage-options", given, "--image-schemes", "s3,https"]) == 0
+            assert storage.filesystem("memory://a")[0].storage_options == {"secret": "swordfish"}
+        finally:
+            storage.configure({})
+        job = json.loads((recorded / "_run" / "config.json").read_text())["job"]
+        assert job["storage_options"] == "memory(secret)"
+        assert job["image_schemes"] == ["s3", "https"]
+        assert [f for f in recorded.rglob("*") if f.is_file() and b"swordfish" in f.read_bytes()] == []
 
 
 class TestExitCodes:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import pickle
+
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -56,6 +59,41 @@ def test_settings_are_frozen_and_hashable() -> None:
     assert len({EditSettings(steps=9), EditSettings(steps=9), EditSettings(steps=10)}) == 2
     with pytest.raises(ValidationError):
         EditSettings().steps = 3  # type: ignore[misc]
+
+
+OPTIONS = {"s3": {"endpoint_url": "http://store", "key": "AKSWORDFISH", "secret": "swordfish"}}
+
+
+class TestStorageOptions:
+    def test_whatever_prints_or_dumps_them_gets_names_only(self) -> None:
+        job = JobSettings(storage_options=OPTIONS)
+        told = [repr(job), str(job), f"{job.storage_options!r}", str(job.storage_options), job.model_dump_json()]
+        told += [
+            str(job.model_dump()),
+            json.dumps(job.model_dump(), default=str),
+            json.dumps(job.model_dump(mode="json")),
+        ]
+        assert [t for t in told if "swordfish" in t.lower()] == []
+        assert all("s3(endpoint_url, key, secret)" in t for t in told)
+
+    def test_they_survive_the_way_to_a_worker_and_overrides(self) -> None:
+        job = pickle.loads(pickle.dumps(JobSettings(storage_options=OPTIONS)))
+        assert job.storage_options.get_secret_value() == OPTIONS
+        assert job.with_overrides({"batch_size": 2}).storage_options.get_secret_value() == OPTIONS
+
+    @pytest.mark.parametrize("wrong", ["swordfish", {"s3": "swordfish"}, {"s3": ["swordfish"]}, ["swordfish"]])
+    def test_wrong_ones_are_refused_without_being_shown(self, wrong: object) -> None:
+        with pytest.raises(ValidationError) as caught:
+            JobSettings(storage_options=wrong)  # type: ignore[arg-type]
+        assert "swordfish" not in f"{caught.value} {caught.value!r} {explain(caught.value)}"
+        with pytest.raises(SettingsError) as refused:
+            JobSettings().with_overrides({"storage_option": wrong})
+        assert "swordfish" not in str(refused.value)
+
+
+def test_schemes_are_written_as_people_write_them() -> None:
+    assert JobSettings(image_schemes=["S3://", " https"]).image_schemes == ["s3", "https"]
+    assert JobSettings().image_schemes is None
 
 
 def test_explain_names_every_wrong_field_and_what_it_was_given() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffedit_ray.dataset import storage
-from diffedit_ray.errors import DiffEditError, ErrorCode, ManifestError, RowError, SettingsError
+from diffedit_ray.errors import DiffEditError, ErrorCode, ManifestError, MissingError, RowError, SettingsError
 from diffedit_ray.settings import EditSettings
 
 REQUIRED = ("image_uri", "query")
@@ -28,37 +29,43 @@ def manifest_files(uri: str) -> list[str]:
     """The Parquet files a manifest URI stands for: one file, a folder of them, or a glob.
 
     Raises:
-        ManifestError: Nothing there.
+        ManifestError: Nothing there, or it cannot be found out.
     """
+    if storage.is_web(uri):  # always one file: a web server lists no folder, and its ? starts a query
+        return [uri]
     try:
-        fs, path = storage.filesystem(uri)
-        fs.invalidate_cache()  # as in storage.list_files
-        if any(c in path for c in "*?["):
-            found = sorted(fs.glob(path))
-        elif fs.isfile(path):
-            found = [path]
+        kind = storage.kind(uri)
+        if kind is None:
+            found = storage.glob_files(uri) if _is_glob(uri) else []
         else:
-            found = sorted(p for p in fs.find(path) if p.endswith(".parquet") and "/." not in p[len(path) :])
+            found = [uri] if kind == "file" else storage.find_files(uri, ".parquet")
     except DiffEditError as error:
         raise ManifestError(str(error)) from None
     if not found:
-        raise ManifestError(f"no manifest at {uri}: expected a Parquet file, a folder of them, or a glob")
-    nameless = [p for p in found if "." not in p.rsplit("/", 1)[-1]]
+        raise ManifestError(
+            f"no manifest at {storage.shown(uri)}: expected a Parquet file, a folder of them, or a glob"
+        )
+    nameless = [f for f in found if "." not in f.rsplit("/", 1)[-1]]
     if nameless:
         raise ManifestError(f"{nameless[0]} has no file name extension; call it {nameless[0]}.parquet")
-    return [fs.unstrip_protocol(p) if storage.has_scheme(uri) else p for p in found]
+    return found
 
 
 def manifest_folder(uri: str) -> str:
     """What relative image URIs are relative to: the manifest's folder; for a glob, the folder before its first star."""
+    if storage.is_web(uri):
+        return storage.parent(uri)
     path = uri.rstrip("/")
-    if not any(mark in path for mark in "*?["):
-        fs, location = storage.filesystem(path)
-        if fs.isdir(location) and not fs.isfile(location):
-            return path
-    for mark in "*?[":
-        path = path.split(mark)[0]
+    kind = storage.kind(path)
+    if kind == "folder":
+        return path
+    if kind is None:
+        path = re.split(r"[*?[]", path, maxsplit=1)[0]
     return path.rsplit("/", 1)[0]
+
+
+def _is_glob(uri: str) -> bool:
+    return any(mark in uri for mark in "*?[")
 
 
 @dataclass(frozen=True)
@@ -118,30 +125,38 @@ def iterate_manifest(files: list[str], columns: list[str] | None, batch_rows: in
     """A manifest's rows as tables, in file order, without holding it all.
 
     Raises:
-        ManifestError: A file is not Parquet.
+        ManifestError: A file is not Parquet, or cannot be read.
     """
     for file in files:
         try:
             with storage.open_read(file) as stream:
                 for batch in pq.ParquetFile(stream).iter_batches(batch_rows, columns=columns):
                     yield pa.Table.from_batches([batch])
-        except (pa.ArrowException, OSError) as error:
-            raise ManifestError(f"{file} cannot be read as Parquet: {error}") from None
+        except (pa.ArrowException, OSError, DiffEditError) as error:
+            raise _unreadable(file, error) from None
+
+
+def _unreadable(file: str, error: Exception) -> ManifestError:
+    if isinstance(error, MissingError):
+        return ManifestError(f"no manifest at {storage.shown(file)}")
+    if isinstance(error, DiffEditError):
+        return ManifestError(str(error))
+    return ManifestError(f"{storage.shown(file)} cannot be read as Parquet: {storage.shown(str(error))}")
 
 
 def manifest_schema(files: list[str]) -> pa.Schema:
     """The schema all files share.
 
     Raises:
-        ManifestError: A file is not Parquet, or two files disagree.
+        ManifestError: A file is not Parquet or cannot be read, or two files disagree.
     """
     schemas = []
     for file in files:
         try:
             with storage.open_read(file) as stream:
                 schemas.append(pq.read_schema(stream).remove_metadata())
-        except (pa.ArrowException, OSError) as error:
-            raise ManifestError(f"{file} cannot be read as Parquet: {error}") from None
+        except (pa.ArrowException, OSError, DiffEditError) as error:
+            raise _unreadable(file, error) from None
     try:
         return pa.unify_schemas(schemas)
     except pa.ArrowException as error:
@@ -242,7 +257,7 @@ def _text_error(image_uri: str | None, query: str | None, reference: str | None)
     if not image_uri or not image_uri.strip():
         return RowError(ErrorCode.BAD_ROW, "image_uri is empty")
     if not query or not query.strip():
-        return RowError(ErrorCode.BAD_ROW, f"query is empty: nothing says what {image_uri} should show")
+        return RowError(ErrorCode.BAD_ROW, f"query is empty: nothing says what {storage.shown(image_uri)} should show")
     for name, text in (("image_uri", image_uri), ("query", query), ("reference", reference)):
         if text and (len(text) > MAX_TEXT or "\0" in text):
             return RowError(ErrorCode.BAD_ROW, f"{name} has {len(text):,} characters or a NUL among them")

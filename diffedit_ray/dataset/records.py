@@ -154,7 +154,7 @@ def _read_file(uri: str, columns: list[str] | None) -> pa.Table:
         with storage.open_read(uri) as stream:
             return pq.read_table(stream, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise OutputError(f"{uri} is not a readable record file: {error}") from error
+        raise OutputError(f"{uri} is not a readable record file: {storage.shown(str(error))}") from error
 
 
 def check_types(output: str, schema: pa.Schema) -> None:

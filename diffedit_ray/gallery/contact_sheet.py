@@ -85,7 +85,8 @@ def card(pictures: Sequence[NDArray[np.uint8]], reference: str | None, query: st
 def _row_card(row: Mapping[str, Any], base: str) -> Image.Image:
     uris = (storage.resolve(row["image_uri"], base), row["mask_uri"], row["edited_uri"])
     files = [storage.read_bytes(uri, max_bytes=MAX_BYTES) for uri in uris]
-    pictures = [decode_image(data, uri, max_pixels=MAX_PIXELS).pixels for data, uri in zip(files, uris, strict=True)]
+    names = map(storage.shown, uris)
+    pictures = [decode_image(data, name, max_pixels=MAX_PIXELS).pixels for data, name in zip(files, names, strict=True)]
     return card(pictures, row["reference"], row["query"])
 
 

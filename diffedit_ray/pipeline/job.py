@@ -32,7 +32,7 @@ from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
 from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
 from diffedit_ray.pipeline.guard import start_ledger
 from diffedit_ray.pipeline.interrupt import interruptible
-from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields
+from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields, use_storage
 from diffedit_ray.settings import EditSettings, JobSettings
 
 if TYPE_CHECKING:
@@ -237,6 +237,7 @@ def _run(
     began = time.monotonic()
     started = datetime.now(UTC)
     settings, job = settings or EditSettings(), job or JobSettings()
+    use_storage(job)
     manifest, output = storage.absolute(manifest), storage.absolute(output)
     model = storage.absolute(model) if os.path.isdir(os.path.expanduser(model)) else model
     revision = model_revision(model)
@@ -259,13 +260,13 @@ def _run(
     records.write_json(
         layout.config,
         {
-            "manifest": manifest,
-            "output": output,
+            "manifest": storage.shown(manifest),
+            "output": storage.shown(output),
             "model": model,
             "model_revision": revision,
             "started_at": started.isoformat(),
             "settings": settings.model_dump(),
-            "job": job.model_dump(),
+            "job": job.model_dump(mode="json"),
             "record_schema_version": records.SCHEMA_VERSION,
             "versions": _versions(),
         },
@@ -316,7 +317,7 @@ def _read(files: list[str], schema: pa.Schema) -> ray.data.Dataset:
         filesystem=storage.arrow_filesystem(fs),
         # the driver has chosen the files and seen all their columns; Ray would sample and filter them, and parse paths
         schema=schema,
-        file_extensions=sorted({path.rsplit(".", 1)[-1] for path in paths}),
+        file_extensions=None if storage.is_web(files[0]) else sorted({path.rsplit(".", 1)[-1] for path in paths}),
         partitioning=None,
     )
 
@@ -383,7 +384,7 @@ def _count(summary: JobSummary, ids: set[str]) -> list[str]:
 def _reason(error: Exception) -> str:
     """What broke a run, in one line: of a worker's traceback the last, which says it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return storage.shown(lines[-1]) if lines else type(error).__name__
 
 
 def _shown(ids: list[str]) -> str:

@@ -34,7 +34,7 @@ from diffedit_ray.diffusion.framing import (
     over_white,
     pixel_alpha,
 )
-from diffedit_ray.errors import DiffEditError, ErrorCode, RowError
+from diffedit_ray.errors import DiffEditError, ErrorCode, ForbiddenError, RowError
 from diffedit_ray.pipeline.guard import Guard
 from diffedit_ray.settings import EditSettings, JobSettings
 
@@ -86,9 +86,18 @@ def fail(row: Row, error: RowError) -> None:
     row.update({f.name: None for f in _WORK_FIELDS})
 
 
+def _surprise(code: ErrorCode, row: Mapping[str, Any], error: Exception) -> RowError:
+    return RowError(code, storage.shown(f"{row['image_uri']}: {type(error).__name__}: {error}"))
+
+
 def frame_of(row: Mapping[str, Any], geometry: Geometry) -> Frame:
     """How a fetched row's picture lies in what the model sees."""
     return frame_for(row["width"], row["height"], geometry, row["resolution"])
+
+
+def use_storage(job: JobSettings) -> None:
+    """Make this process use a job's storage options; whatever touches storage on its behalf calls it first."""
+    storage.configure(job.storage_options.get_secret_value(), tries=job.storage_tries, seconds=job.storage_seconds)
 
 
 def _map_rows(table: pa.Table, function: Callable[[list[Row]], None]) -> pa.Table:
@@ -177,6 +186,7 @@ class Fetch:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Fetch the rows that are still pending."""
+        use_storage(self.job)
         return _map_rows(table, self._fetch_all)
 
     def _fetch_all(self, rows: list[Row]) -> None:
@@ -190,29 +200,33 @@ class Fetch:
                 fail(row, result)
             elif isinstance(result, FutureTimeout):
                 seconds = self.job.fetch_timeout
-                fail(row, RowError(ErrorCode.TIMEOUT, f"{row['image_uri']} did not arrive within {seconds:g} s"))
+                name = storage.shown(row["image_uri"])
+                fail(row, RowError(ErrorCode.TIMEOUT, f"{name} did not arrive within {seconds:g} s"))
             elif isinstance(result, Exception):  # a bug or a library's surprise must stay this row's own
-                message = f"{row['image_uri']}: {type(result).__name__}: {result}"
-                fail(row, RowError(ErrorCode.FETCH_FAILED, message))
+                fail(row, _surprise(ErrorCode.FETCH_FAILED, row, result))
             else:
                 row.update(result)
 
     def _fetch(self, row: Row) -> Row:
         began = time.perf_counter()
         uri = storage.resolve(row["image_uri"], self.base_uri)
+        storage.refuse_scheme(uri, self.job.image_schemes)
         data = storage.read_bytes(uri, max_bytes=self.job.max_bytes)
-        pixels = decode_image(data, uri, max_pixels=self.job.max_pixels).pixels
+        pixels = decode_image(data, storage.shown(uri), max_pixels=self.job.max_pixels).pixels
         height, width = pixels.shape[:2]
         found: Row = {"_original": data, "width": width, "height": height}
         frame = frame_of({**row, **found}, self.geometry)
         found["_fitted"] = fit(over_white(pixels), frame).tobytes()
         if row["user_mask_uri"]:
             mask_uri = storage.resolve(row["user_mask_uri"], self.base_uri)
+            storage.refuse_scheme(mask_uri, self.job.image_schemes)
             try:
                 drawn = storage.read_bytes(mask_uri, max_bytes=self.job.max_bytes)
             except RowError as error:
+                if error.code not in records.PERMANENT:  # the mask may be good, and the row with it another time
+                    raise
                 raise RowError(ErrorCode.BAD_MASK, error.message) from None
-            mask = decode_mask(drawn, mask_uri, (width, height), max_pixels=self.job.max_pixels)
+            mask = decode_mask(drawn, storage.shown(mask_uri), (width, height), max_pixels=self.job.max_pixels)
             found["_user_mask"] = encode_image(mask, "png")
             found["_latent_mask"] = latent_mask_from(mask, frame).tobytes()
         found["fetch_seconds"] = time.perf_counter() - began
@@ -350,7 +364,7 @@ class _Finisher:
     def files(self, row: Mapping[str, Any]) -> tuple[bytes, bytes, float]:
         """The image file, the mask file, and the share of pixels the mask touches, of an edited row."""
         frame = frame_of(row, self.geometry)
-        picture = decode_image(row["_original"], row["image_uri"], max_pixels=self.job.max_pixels)
+        picture = decode_image(row["_original"], storage.shown(row["image_uri"]), max_pixels=self.job.max_pixels)
         edited = np.frombuffer(row["_edited"], np.uint8).reshape(frame.model_height, frame.model_width, 3)
         settings = settings_of(row)
         if row["_user_mask"] is not None:
@@ -379,6 +393,7 @@ class Store:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Store a block of rows; their records are one new file."""
+        use_storage(self.job)
         rows = table.to_pylist()
         guard = Guard("store", self.ledger, 2 * self.job.store_timeout, self.job.row_tries, fail)
         guard.run([row for row in rows if row["status"] == EDITED], self._store_edited)
@@ -394,13 +409,13 @@ class Store:
                 fail(row, result)
             elif isinstance(result, FutureTimeout):
                 seconds = self.job.store_timeout
-                message = f"{row['image_uri']}: its image and mask could not be written within {seconds:g} s"
+                message = f"{storage.shown(row['image_uri'])}: its image and mask were not written within {seconds:g} s"
                 fail(row, RowError(ErrorCode.TIMEOUT, message))
             elif isinstance(result, DiffEditError):
-                fail(row, RowError(ErrorCode.STORE_FAILED, str(result)))
+                forbidden = isinstance(result, ForbiddenError)
+                fail(row, RowError(ErrorCode.FORBIDDEN if forbidden else ErrorCode.STORE_FAILED, str(result)))
             elif isinstance(result, Exception):  # as in Fetch: this row's own
-                message = f"{row['image_uri']}: {type(result).__name__}: {result}"
-                fail(row, RowError(ErrorCode.STORE_FAILED, message))
+                fail(row, _surprise(ErrorCode.STORE_FAILED, row, result))
             else:
                 row.update(result)
 
@@ -447,7 +462,7 @@ class Collect:
                     fail(row, error)
                     continue
                 except Exception as error:  # as in Fetch: this row's own
-                    fail(row, RowError(ErrorCode.STORE_FAILED, f"{row['image_uri']}: {type(error).__name__}: {error}"))
+                    fail(row, _surprise(ErrorCode.STORE_FAILED, row, error))
                     continue
                 row.update(edited_image=image, mask_image=mask, mask_fraction=fraction)
                 row["sha256"] = hashlib.sha256(image).hexdigest()

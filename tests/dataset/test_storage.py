@@ -46,6 +46,14 @@ def web() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def _once() -> Iterator[None]:
+    """What is tried again is tested with stores that break."""
+    storage.configure({}, tries=1)
+    yield
+    storage.configure({})
+
+
 def _code(uri: str, max_bytes: int = 1000) -> ErrorCode:
     with pytest.raises(RowError) as caught:
         storage.read_bytes(uri, max_bytes=max_bytes)
@@ -67,6 +75,56 @@ class TestUris:
         assert storage.absolute("out") == f"{os.getcwd()}/out"
         assert storage.absolute("~/out") == "/home/someone/out"
         assert storage.absolute("s3://b/out") == "s3://b/out"
+
+
+class TestConfiguring:
+    def test_options_hold_for_what_is_opened_afterwards(self) -> None:
+        storage.configure({"memory": {"colour": "red"}})
+        assert storage.filesystem("memory://a")[0].storage_options == {"colour": "red"}
+        storage.configure({"memory": {"shape": "round"}})
+        assert storage.filesystem("memory://a")[0].storage_options == {"shape": "round"}
+        storage.configure({})
+        assert storage.filesystem("memory://a")[0].storage_options == {}
+
+    def test_what_fsspec_was_told_otherwise_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(fsspec.config.conf, "memory", {"colour": "red", "size": 1})
+        for _ in range(2):
+            storage.configure({"memory": {"colour": "blue"}})
+            assert storage.filesystem("memory://a")[0].storage_options == {"colour": "blue", "size": 1}
+        storage.configure({})
+        assert fsspec.config.conf["memory"] == {"colour": "red", "size": 1}
+
+    def test_options_are_the_callers_no_more(self) -> None:
+        mine = {"memory": {"colour": "red"}}
+        storage.configure(mine)
+        mine["memory"]["colour"] = "blue"
+        storage.configure(mine)
+        assert storage.filesystem("memory://a")[0].storage_options == {"colour": "blue"}
+
+
+class TestSchemes:
+    @pytest.mark.parametrize(
+        "uri", ["s3://b/a.png", "S3://b/a.png", "https://h/a.png", "simplecache::https://h/a.png", "/data/a.png"]
+    )
+    def test_allowed(self, uri: str) -> None:
+        storage.refuse_scheme(uri, ["s3", "https", "simplecache", "file"])
+        storage.refuse_scheme(uri, None)
+
+    @pytest.mark.parametrize(
+        ("uri", "scheme"),
+        [
+            ("/etc/passwd", "file"),
+            ("file:///etc/passwd", "file"),
+            ("http://169.254.169.254/", "http"),
+            ("simplecache::https://h/a.png", "simplecache"),
+            ("https://h/a.png::file:///etc/passwd", "file"),
+            ("https://h/a.png::/etc/passwd", "file"),
+        ],
+    )
+    def test_refused(self, uri: str, scheme: str) -> None:
+        with pytest.raises(RowError, match=f"of scheme {scheme}, and image_schemes allows s3, https") as caught:
+            storage.refuse_scheme(uri, ["s3", "https"])
+        assert caught.value.code is ErrorCode.BAD_URI
 
 
 class TestReading:
@@ -96,6 +154,20 @@ class TestReading:
     def test_an_unknown_scheme(self) -> None:
         assert _code("nowhere://b/a.png") is ErrorCode.BAD_URI
 
+    def test_a_scheme_whose_package_is_not_installed(self) -> None:
+        with pytest.raises(RowError) as caught:
+            storage.read_bytes("gs://b/a.png", max_bytes=9)
+        assert caught.value.code is ErrorCode.BAD_URI
+        assert "pip install gcsfs" in caught.value.message
+        with pytest.raises(OutputError, match="needs the package adlfs"):
+            storage.write_bytes("abfs://b/a.png", b"x")
+
+    def test_an_option_that_the_filesystem_does_not_take_is_named(self) -> None:
+        storage.configure({"s3": {"sekret": "swordfish"}})
+        with pytest.raises(RowError, match="'sekret'") as caught:
+            storage.read_bytes("s3://b/a.png", max_bytes=9)
+        assert "swordfish" not in str(caught.value)
+
     @pytest.mark.parametrize(
         ("status", "code"),
         [
@@ -109,6 +181,13 @@ class TestReading:
     def test_a_web_server_that_says_no(self, web: str, status: int, code: ErrorCode) -> None:
         # "not found" is final and "try again later" is not
         assert _code(f"{web}/{status}") is code
+
+    def test_what_signs_a_uri_is_not_shown(self, web: str) -> None:
+        for uri in (f"{web}/404?X-Amz-Signature=beefbeef", f"{web}/503?sig=beefbeef".replace("//", "//me:beefbeef@")):
+            with pytest.raises(RowError) as caught:
+                storage.read_bytes(uri, max_bytes=9)
+            assert "beef" not in str(caught.value)
+            assert "***" in caught.value.message
 
     def test_a_web_server_that_says_yes(self, web: str) -> None:
         assert storage.read_bytes(f"{web}/200", max_bytes=100) == b"hello"

@@ -4,7 +4,7 @@ import hashlib
 import io
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffedit_ray.dataset import records
+from diffedit_ray.dataset import records, storage
 from diffedit_ray.dataset.images import decode_image
 from diffedit_ray.dataset.manifest import RowPlanner, match_columns
 from diffedit_ray.dataset.records import OutputLayout
@@ -22,6 +22,9 @@ from diffedit_ray.diffusion.model import model_geometry
 from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields, work_schema
 from diffedit_ray.settings import EditSettings, JobSettings
 from tests.pipeline.rows import QUICK, picture, read, row, save_pictures
+from tests.services.proxy import Fault, FaultyProxy
+from tests.services.s3 import S3Server
+from tests.services.web import FileServer
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -68,6 +71,16 @@ class Line:
         schema = records.record_schema(carried_fields(self.columns))
         rows: list[dict[str, Any]] = Collect(self.geometry, self.job, schema)(table).to_pylist()
         return rows
+
+
+@pytest.fixture(autouse=True)
+def _storage() -> Iterator[None]:
+    yield
+    storage.configure({})
+
+
+def _only(part: str, fault: Fault) -> Callable[[str, str], tuple[Fault | None, float]]:
+    return lambda method, path: (fault if part in path else None, 0.0)
 
 
 @pytest.fixture
@@ -194,6 +207,41 @@ class TestFetch:
         line.job = JobSettings(max_bytes=10)
         assert _statuses(line.fetch([row("square.png")])) == [("failed", "too_large")]
 
+    def test_schemes_that_are_not_allowed(self, line: Line) -> None:
+        line.job = JobSettings(image_schemes=["https"])
+        assert _statuses(line.fetch([row("square.png")])) == [("failed", "bad_uri")]
+        line.job = JobSettings(image_schemes=["file"])
+        rows = [row("square.png"), row("wide.png", mask_uri="memory://mask.png"), row("https://h/a.png")]
+        assert _statuses(line.fetch(rows)) == [("pending", None), ("failed", "bad_uri"), ("failed", "bad_uri")]
+
+    def test_a_record_keeps_the_uri_and_its_message_hides_what_signs_it(
+        self, line: Line, web_files: FileServer
+    ) -> None:
+        line.job = JobSettings(storage_tries=1)
+        uri = f"{web_files.endpoint}/none.png?X-Amz-Signature=beefbeef"
+        web_files.files["/page.png"] = b"<html>"
+        page = f"{web_files.endpoint}/page.png?sig=beefbeef"
+        for one, code in ((uri, "not_found"), (page, "not_an_image")):
+            table = line.fetch([row(one)])
+            assert _statuses(table) == [("failed", code)]
+            assert table["image_uri"][0].as_py() == one, "it is the user's own key"
+            assert "beef" not in table["error_message"][0].as_py()
+
+    def test_a_mask_that_may_come_another_time_is_no_bad_mask(self, line: Line) -> None:
+        line.job = JobSettings(storage_tries=1)
+        rows = [row("wide.png", mask_uri="http://127.0.0.1:9/mask.png"), row("wide.png", mask_uri="none.png")]
+        assert _statuses(line.fetch(rows)) == [("failed", "fetch_failed"), ("failed", "bad_mask")]
+
+    def test_the_jobs_options_hold_where_the_stage_runs(self, line: Line, s3: S3Server, bucket: str) -> None:
+        s3.filesystem().put_file(str(line.folder / "square.png"), f"{bucket}/square.png")
+        rows = [row(f"s3://{bucket}/square.png")]
+        line.job = JobSettings(storage_options={"s3": s3.options})
+        assert _statuses(line.fetch(rows)) == [("pending", None)]
+        line.job = JobSettings(storage_options={"s3": s3.at("http://127.0.0.1:9").options}, storage_tries=1)
+        table = line.fetch(rows)
+        assert _statuses(table) == [("failed", "fetch_failed")]
+        assert s3.secret not in table["error_message"][0].as_py()
+
 
 class TestEdit:
     def test_a_row_that_breaks_the_batch_fails_alone(self, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +346,21 @@ class TestPixels:
 
 
 class TestStore:
+    def test_a_store_that_forbids_writing_is_told_from_one_that_fails(
+        self, line: Line, s3: S3Server, bucket: str
+    ) -> None:
+        table = line.edited([row("square.png")])
+        line.layout = OutputLayout(f"s3://{bucket}/out")
+        with FaultyProxy(s3.endpoint).running() as proxy:
+            line.job = JobSettings(storage_options={"s3": s3.at(proxy.endpoint).options}, storage_tries=1)
+            for fault, code in ((Fault.FORBIDDEN, "forbidden"), (Fault.INTERNAL, "store_failed")):
+                # the images' writes go wrong, the record's does not
+                proxy.forget()
+                proxy.choose = _only("/images/", fault)  # type: ignore[method-assign]
+                (r,) = line.store(table)
+                assert (r["status"], r["error_code"]) == ("failed", code)
+                assert f"s3://{bucket}/out/images/" in r["error_message"]
+
     def test_a_file_that_cannot_be_written_fails_its_row_alone(self, line: Line) -> None:
         table = line.edited([row("square.png", id="aa1"), row("square.png", id="bb2")])
         images = Path(line.layout.root, "images")
