@@ -25,6 +25,14 @@ class OutputError(DiffEditError):
     """The output cannot be used, or does not hold what the job should have left there."""
 
 
+class MissingError(OutputError):
+    """There is nothing under that name."""
+
+
+class WrongOutputError(OutputError):
+    """The output named is not one to do this with: another run's, with other settings, or no run's at all."""
+
+
 class ErrorCode(StrEnum):
     """Why a row failed, as its record says it."""
 

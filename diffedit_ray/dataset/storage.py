@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import fsspec
@@ -13,7 +14,7 @@ import pyarrow.fs
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from diffedit_ray.errors import DiffEditError, ErrorCode, OutputError, RowError
+from diffedit_ray.errors import DiffEditError, ErrorCode, MissingError, OutputError, RowError
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -148,3 +149,18 @@ def open_read(uri: str) -> Iterator[Any]:
     """A readable, seekable stream of a file."""
     with fsspec.open(uri, "rb") as stream:
         yield stream
+
+
+def modified(uri: str) -> float:
+    """When a file was last written, in seconds since 1970 on the store's own clock.
+
+    Raises:
+        MissingError: It is not there.
+    """
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()  # as in list_files
+    try:
+        written: datetime = fs.modified(path)
+    except FileNotFoundError:
+        raise MissingError(f"{uri} does not exist") from None
+    return written.timestamp()

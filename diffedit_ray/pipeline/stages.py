@@ -1,4 +1,4 @@
-"""The map stages a row passes through: plan, fetch, edit, store.
+"""The map stages a planned row passes through: fetch, edit, store.
 
 Every stage maps a table to a table of the same rows and the same columns (`work_schema`).
 What goes wrong with a row is written into it, and it travels on.
@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from diffedit_ray.dataset import records, storage
 from diffedit_ray.dataset.images import decode_image, decode_mask, encode_image
-from diffedit_ray.dataset.manifest import Columns, RowPlanner
-from diffedit_ray.dataset.records import EDITED, FAILED, UNCHANGED, Done, OutputLayout
+from diffedit_ray.dataset.manifest import Columns
+from diffedit_ray.dataset.records import EDITED, FAILED, UNCHANGED, OutputLayout
 from diffedit_ray.diffusion.framing import (
     Frame,
     Geometry,
@@ -85,56 +85,6 @@ def _map_rows(table: pa.Table, function: Callable[[list[Row]], None]) -> pa.Tabl
     rows = table.to_pylist()
     function(rows)
     return pa.Table.from_pylist(rows, schema=table.schema)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Manifest rows to rows in flight, without those that are already done."""
-
-    planner: RowPlanner
-    model: str
-    done: Any = None  # an ObjectRef to Done: a large index is shipped once, not with every task
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Plan a block of manifest rows."""
-        done = self._done()
-        columns = self.planner.columns
-        names = [f.name for f in carried_fields(columns)]
-        rows = []
-        seen: set[str] = set()
-        for source in table.to_pylist():
-            planned = self.planner.plan(source)
-            if done.fingerprints.get(planned.id) == planned.fingerprint or planned.id in seen:
-                continue
-            if self.done is not None:  # without an output to resume, every row is answered, the repeated ones too
-                seen.add(planned.id)
-            row: Row = {
-                "id": planned.id,
-                "fingerprint": planned.fingerprint,
-                "image_uri": planned.image_uri,
-                "reference": planned.reference,
-                "query": planned.query,
-                "user_mask_uri": planned.user_mask_uri,
-                "status": PENDING,
-                "attempts": done.attempts.get(planned.id, 0) + 1,
-                **planned.settings.model_dump(),
-                "model": self.model,
-                "model_revision": self.planner.model_revision,
-                "recorded_at": datetime.now(UTC),
-                **{name: source[f.name] for name, f in zip(names, columns.carried, strict=True)},
-            }
-            if planned.error is not None:
-                fail(row, planned.error)
-            rows.append(row)
-        return pa.Table.from_pylist(rows, schema=work_schema(columns))
-
-    def _done(self) -> Done:
-        if self.done is None:
-            return Done({}, {})
-        import ray
-
-        done: Done = ray.get(self.done)
-        return done
 
 
 @dataclass(frozen=True)
