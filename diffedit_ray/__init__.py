@@ -9,10 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffedit_ray.dataset.status import RunStatus, failures, status
     from diffedit_ray.diffusion.editor import DiffEditor, EditResult
     from diffedit_ray.diffusion.model import LatentDiffusionModel
     from diffedit_ray.errors import DiffEditError
-    from diffedit_ray.pipeline.job import JobSummary, edit_dataset, run_edit_job
+    from diffedit_ray.pipeline.job import edit_dataset, run_edit_job
+    from diffedit_ray.pipeline.summary import JobSummary
     from diffedit_ray.settings import EditSettings, JobSettings
 
 _HOMES = {
@@ -21,10 +23,13 @@ _HOMES = {
     "EditResult": "diffusion.editor",
     "EditSettings": "settings",
     "JobSettings": "settings",
-    "JobSummary": "pipeline.job",
+    "JobSummary": "pipeline.summary",
     "LatentDiffusionModel": "diffusion.model",
+    "RunStatus": "dataset.status",
     "edit_dataset": "pipeline.job",
+    "failures": "dataset.status",
     "run_edit_job": "pipeline.job",
+    "status": "dataset.status",
 }
 
 __all__ = [
@@ -35,8 +40,11 @@ __all__ = [
     "JobSettings",
     "JobSummary",
     "LatentDiffusionModel",
+    "RunStatus",
     "edit_dataset",
+    "failures",
     "run_edit_job",
+    "status",
 ]
 
 

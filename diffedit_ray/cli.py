@@ -8,15 +8,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from diffedit_ray.errors import DiffEditError, ManifestError, ModelError, SettingsError
+from diffedit_ray.errors import DiffEditError, ManifestError, ModelError, SettingsError, WrongOutputError
 from diffedit_ray.settings import EditSettings, JobSettings, explain
 
 app = typer.Typer(
@@ -28,6 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _console = Console()
+
+SHOWN_FAILURES = 50
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # some releases of typer use click, others bring a copy of it
 
@@ -152,6 +157,72 @@ def demo(
     _run(str(demo_manifest()), output, "demo", settings, job, sheet=True)
 
 
+_Output = Annotated[str, typer.Argument(help="The output of a run, going on or ended.", show_default=False)]
+
+
+@app.command()
+def status(
+    output: _Output,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
+) -> None:
+    """Say how far the run at OUTPUT has come, or how it ended, and what has failed."""
+    from diffedit_ray.dataset.status import status as read_status
+
+    found = read_status(output)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    _console.print(f"{found.state}: {found.output}", highlight=False, markup=False, soft_wrap=True)
+    table = Table("")
+    table.add_column("rows", justify="right")
+    table.add_column("")
+    for name in ("edited", "unchanged", "failed"):
+        table.add_row(name, str(getattr(found, name)), "")
+    for reason in found.errors:
+        table.add_row(f"  {reason.code}", str(reason.count), escape(reason.example))
+    table.add_row("pending", _known(found.pending), "")
+    table.add_row("in the manifest", _known(found.rows), "")
+    _console.print(table)
+    lines = {
+        "rate": None if found.rate is None else f"{found.rate:.3g} rows/s",
+        "time left": None if found.eta_seconds is None else str(timedelta(seconds=round(found.eta_seconds))),
+        "run by": found.runner,
+        "started": found.started_at,
+        "ended": found.ended_at,
+        "reason": found.error,
+    }
+    for name, line in lines.items():
+        if line is not None:
+            _console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def failures(
+    output: _Output,
+    code: Annotated[str | None, typer.Option("--code", help="Only failures with this error code.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of them, one JSON object a line.")] = False,
+) -> None:
+    """List the rows of OUTPUT that have failed, and why."""
+    from diffedit_ray.dataset.status import failures as read_failures
+
+    found = read_failures(output, code)
+    if as_json:
+        for row in found.to_pylist():
+            print(json.dumps(row, default=str))
+        return
+    table = Table("code", "image", "query", "tries", "message", title=f"{len(found)} failed rows", title_justify="left")
+    for row in found.slice(0, SHOWN_FAILURES).to_pylist():
+        shown = (row["error_code"], row["image_uri"], row["query"], row["attempts"], row["error_message"])
+        table.add_row(*(escape("" if value is None else str(value)) for value in shown))
+    _console.print(table)
+    if len(found) > SHOWN_FAILURES:
+        _console.print(f"and {len(found) - SHOWN_FAILURES} more: --json prints all of them", highlight=False)
+
+
+def _known(count: int | None) -> str:
+    return "not known" if count is None else str(count)
+
+
 def _run(
     manifest: str, output: str, model: str, settings: EditSettings, job: JobSettings, *, sheet: bool = False
 ) -> None:
@@ -203,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         print(f"diffedit-ray: {error.format_message()} (see --help)", file=sys.stderr)
         return 2
-    except (SettingsError, ManifestError, ModelError) as error:
+    except (SettingsError, ManifestError, ModelError, WrongOutputError) as error:
         print(f"diffedit-ray: {error}", file=sys.stderr)
         return 2
     except DiffEditError as error:

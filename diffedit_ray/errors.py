@@ -37,6 +37,10 @@ class MissingError(OutputError):
     """There is nothing under that name."""
 
 
+class WrongOutputError(OutputError):
+    """The output named is not one to do this with: another run's, with other settings, or no run's at all."""
+
+
 class ErrorCode(StrEnum):
     """Why a row failed, as its record says it."""
 

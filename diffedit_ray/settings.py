@@ -158,12 +158,16 @@ class JobSettings(_Settings):
     max_failed: float = Field(
         1.0, ge=0, le=1, description="Share of failed rows above which the run ends with exit code 3; 1 allows any."
     )
-    retry_failed: Literal["transient", "all", "none"] = Field(
-        "transient",
-        description="Which rows that failed in an earlier run to try again: those that may succeed by themselves, "
-        "all (after mending images, say), or none.",
+    retry_failed: bool = Field(
+        True, description="Try rows again that failed in an earlier run and may succeed by themselves: a timeout, say."
     )
-    overwrite: bool = Field(False, description="Forget what the output holds and edit every row again.")
+    retry_permanent: bool = Field(
+        False,
+        description="Try rows again whose failure lasts until somebody mends them: a missing image, a corrupt one.",
+    )
+    overwrite: bool = Field(
+        False, description="Remove what the output holds, whatever settings it was made with, and edit every row again."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Contract column -> the manifest's own name for it."
     )

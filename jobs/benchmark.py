@@ -2,9 +2,10 @@
 
     python jobs/benchmark.py engine                       edits a second against diffusers' DiffEdit pipeline
     python jobs/benchmark.py engine --model FOLDER --random-images --json engine.json
+    python jobs/benchmark.py resume --rows 1000000        what planning a resume costs the driver
 
-Both sides run in this process, on the same weights, pictures, texts, seeds, steps and threads, turn and turn
-about, so that whatever else the machine does meets both.
+In `engine` both sides run in this process, on the same weights, pictures, texts, seeds, steps and threads, turn and
+turn about, so that whatever else the machine does meets both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,6 +189,32 @@ def report(
     }
 
 
+def resume(args: argparse.Namespace) -> None:
+    """Seconds and memory of planning a resume over many recorded rows, in a process of its own."""
+    program = [sys.executable, str(Path(__file__).with_name("resume_planning.py"))]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = str(args.folder or scratch)
+        print(f"writing {args.rows:,} rows and their records, in {args.files:,} files", file=sys.stderr)
+        sizes = ["--rows", str(args.rows), "--files", str(args.files)]
+        subprocess.run([*program, "make", folder, *sizes], check=True)
+        done = subprocess.run([*program, "measure", folder], check=True, stdout=subprocess.PIPE, text=True)
+    found = {**json.loads(done.stdout), "files": args.files, "cores": os.cpu_count(), "load": os.getloadavg()}
+    table = Table("", "seconds", "of a CPU", "MiB added, peak so far")
+    planning = {name: found[f"planning_{name}"] for name in ("seconds", "cpu_seconds")}
+    planning["peak_mib_added"] = found["planning_mib_added"]
+    for name, step in {**found["steps"], "planning, all in all": planning}.items():
+        times = (f"{step[kind]:.1f}" for kind in ("seconds", "cpu_seconds"))
+        table.add_row(name, *times, f"{step['peak_mib_added']:.0f}")
+    Console(width=110).print(table)
+    print(
+        f"{found['recorded']:,} recorded, {found['pending']:,} pending; bytes a row on the driver: "
+        f"{found['bytes_a_manifest_row']:.0f} for the manifest, {found['bytes_a_recorded_row']:.0f} for the records; "
+        f"{found['bytes_shipped_a_row']:.0f} to each node"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,8 +231,14 @@ def main() -> None:
     command.add_argument("--threads", type=int, help="torch threads; torch's own choice if not given")
     command.add_argument("--json", type=Path, help="write the figures here too")
     command.set_defaults(run=engine)
+    command = commands.add_parser("resume", help=resume.__doc__)
+    command.add_argument("--rows", type=int, default=1_000_000)
+    command.add_argument("--files", type=int, default=1000, help="record files, as runs leave that were stopped")
+    command.add_argument("--folder", type=Path, help="keep what is written here; else it is temporary")
+    command.add_argument("--json", type=Path, help="write the figures here too")
+    command.set_defaults(run=resume)
     args = parser.parse_args()
-    if args.threads:
+    if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     args.run(args)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -11,9 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from diffedit_ray.cli import main
 from diffedit_ray.dataset import records, storage
+from diffedit_ray.dataset.lease import Lease
 from diffedit_ray.dataset.manifest import RowPlanner, manifest_schema, match_columns
 from diffedit_ray.diffusion.model import model_revision
 from diffedit_ray.settings import EditSettings, JobSettings
@@ -44,6 +47,7 @@ def recorded(manifest: Path, tiny_folder: Path, tmp_path: Path) -> Path:
                 "fingerprint": planned.fingerprint,
                 "status": "failed",
                 "error_code": code,
+                "error_message": "[red] gone",
                 "attempts": 1,
                 "seed": planned.seed,
                 "recorded_at": datetime.now(UTC),
@@ -73,13 +77,12 @@ class TestHelp:
         shown = capsys.readouterr().out
         fields = [*EditSettings.model_fields, *JobSettings.model_fields]
         assert [f for f in fields if f"--{f.replace('_', '-')}" not in shown] == []
-        assert "--no-composite" in shown
+        assert {"--no-composite", "--no-retry-failed"} <= set(shown.replace(",", " ").replace("/", " ").split())
 
     def test_the_commands_are_listed(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["-h"]) == 0
         shown = capsys.readouterr().out
-        assert "edit" in shown
-        assert "demo" in shown
+        assert {"edit", "demo", "status", "failures"} <= set(shown.split())
 
     def test_nothing_at_all_shows_the_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([]) == 2
@@ -220,6 +223,85 @@ class TestExitCodes:
         (recorded / "records" / "records-0.parquet").write_text("oops")
         assert main(["edit", str(manifest), str(recorded), "--model", str(tiny_folder)]) == 1
         assert "records-0.parquet" in capsys.readouterr().err
+
+
+class TestAnOutputThatIsNotOurs:
+    def test_other_settings_are_wrong_use(
+        self, capsys: pytest.CaptureFixture[str], manifest: Path, recorded: Path, tiny_folder: Path
+    ) -> None:
+        arguments = ["edit", str(manifest), str(recorded), "--model", str(tiny_folder)]
+        assert main(arguments) == 0
+        capsys.readouterr()
+        line = _complaint(capsys, *arguments, "--steps", "20", "--image-format", "webp")
+        assert "steps 50 there and 20 now; image_format png there and webp now" in line
+        assert "--overwrite" in line
+        assert main([*arguments, "--batch-size", "2", "--dtype", "float32"]) == 0
+
+    def test_one_in_use_is_no_wrong_use(
+        self, capsys: pytest.CaptureFixture[str], manifest: Path, recorded: Path, tiny_folder: Path
+    ) -> None:
+        with Lease(str(recorded)):
+            assert main(["edit", str(manifest), str(recorded), "--model", str(tiny_folder)]) == 1
+        assert f"{recorded} is in use by another run: " in capsys.readouterr().err
+
+    @pytest.mark.parametrize("command", ["status", "failures"])
+    def test_one_without_a_run(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+        assert f"there is no run at {tmp_path}/none" in _complaint(capsys, command, tmp_path / "none")
+
+
+class TestLookingAtARun:
+    @pytest.fixture(autouse=True)
+    def _ran(
+        self,
+        manifest: Path,
+        recorded: Path,
+        tiny_folder: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("diffedit_ray.cli._console", Console(width=200))
+        assert main(["edit", str(manifest), str(recorded), "--model", str(tiny_folder)]) == 0
+        capsys.readouterr()
+
+    def test_status_for_people(self, capsys: pytest.CaptureFixture[str], recorded: Path) -> None:
+        assert main(["status", str(recorded)]) == 0
+        shown = capsys.readouterr().out
+        assert f"complete: {recorded}" in shown
+        assert re.search(r"failed\W+2\b", shown)
+        assert re.search(r"not_found\W+1\W+\[red\] gone", shown), "a message is no markup"
+        assert re.search(r"pending\W+0\b", shown)
+
+    def test_status_for_scripts(self, capsys: pytest.CaptureFixture[str], recorded: Path) -> None:
+        assert main(["status", str(recorded), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["state"], found["rows"], found["failed"], found["pending"]) == ("complete", 2, 2, 0)
+
+    def test_status_of_a_run_going_on(self, capsys: pytest.CaptureFixture[str], recorded: Path) -> None:
+        with Lease(str(recorded)):
+            assert main(["status", str(recorded)]) == 0
+        shown = capsys.readouterr().out
+        assert "running: " in shown
+        assert f"(process {os.getpid()})" in shown
+
+    def test_failures_for_people(
+        self, capsys: pytest.CaptureFixture[str], recorded: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert main(["failures", str(recorded)]) == 0
+        shown = capsys.readouterr().out
+        assert "2 failed rows" in shown
+        assert "[red] gone" in shown
+        monkeypatch.setattr("diffedit_ray.cli.SHOWN_FAILURES", 1)
+        assert main(["failures", str(recorded)]) == 0
+        assert "and 1 more" in capsys.readouterr().out
+
+    def test_failures_for_scripts(self, capsys: pytest.CaptureFixture[str], recorded: Path) -> None:
+        assert main(["failures", str(recorded), "--json", "--code", "not_found"]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        found = json.loads(line)
+        assert (found["error_code"], found["error_message"], found["attempts"]) == ("not_found", "[red] gone", 1)
+
+    def test_a_code_that_is_none(self, capsys: pytest.CaptureFixture[str], recorded: Path) -> None:
+        assert "no error code 'oops'; there are bad_row" in _complaint(capsys, "failures", recorded, "--code", "oops")
 
 
 @pytest.mark.parametrize("program", [["-c", "from diffedit_ray.cli import entry; entry()"], ["jobs/edit.py"]])

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +23,8 @@ REQUIRED = ("image_uri", "query")
 OPTIONAL = ("reference", "id", "mask_uri")
 OVERRIDES = tuple(EditSettings.model_fields)
 CONTRACT = (*REQUIRED, *OPTIONAL, *OVERRIDES)
+MAX_TEMPLATES = 1000
+"""Combinations of overriding settings that are remembered; a manifest has few, unless it is an experiment."""
 MAX_TEXT = 10_000
 """Characters of a text or URI beyond which a row is refused; a model reads 77 tokens."""
 
@@ -121,22 +125,8 @@ def match_columns(schema: pa.Schema, renames: Mapping[str, str]) -> Columns:
     return Columns(source, [f for f in schema if f.name not in source.values()])
 
 
-def iterate_manifest(files: list[str], columns: list[str] | None, batch_rows: int = 10_000) -> Iterator[pa.Table]:
-    """A manifest's rows as tables, in file order, without holding it all.
-
-    Raises:
-        ManifestError: A file is not Parquet, or cannot be read.
-    """
-    for file in files:
-        try:
-            with storage.open_read(file) as stream:
-                for batch in pq.ParquetFile(stream).iter_batches(batch_rows, columns=columns):
-                    yield pa.Table.from_batches([batch])
-        except (pa.ArrowException, OSError, DiffEditError) as error:
-            raise _unreadable(file, error) from None
-
-
-def _unreadable(file: str, error: Exception) -> ManifestError:
+def unreadable(file: str, error: Exception) -> ManifestError:
+    """What to raise when a manifest file could not be read."""
     if isinstance(error, MissingError):
         return ManifestError(f"no manifest at {storage.shown(file)}")
     if isinstance(error, DiffEditError):
@@ -156,7 +146,7 @@ def manifest_schema(files: list[str]) -> pa.Schema:
             with storage.open_read(file) as stream:
                 schemas.append(pq.read_schema(stream).remove_metadata())
         except (pa.ArrowException, OSError, DiffEditError) as error:
-            raise _unreadable(file, error) from None
+            raise unreadable(file, error) from None
     try:
         return pa.unify_schemas(schemas)
     except pa.ArrowException as error:
@@ -210,43 +200,125 @@ class RowPlanner:
         given = {c: row.get(own) for c, own in self.columns.source.items()}
         image_uri, query = given.get("image_uri"), given.get("query")
         reference, mask_uri = given.get("reference") or None, given.get("mask_uri") or None
-        overrides = {name: v for name in OVERRIDES if not _absent(v := given.get(name))}
-        error = _text_error(image_uri, query, reference)
-        settings = self.settings
-        if overrides:
-            try:
-                settings = settings.with_overrides(overrides)
-            except SettingsError as wrong:
-                error = error or RowError(ErrorCode.BAD_SETTINGS, str(wrong))
-        seed = settings.seed if settings.seed is not None else derived_seed(image_uri or "")
+        fingerprint, seed, settings, error = self._identify(given)
         settings = settings.model_copy(update={"seed": seed})
-        fingerprint = _hash(
-            {
-                "image_uri": image_uri,
-                "query": query,
-                "reference": reference,
-                "mask_uri": mask_uri,
-                "settings": settings.model_dump(),
-                "overrides": {k: str(v) for k, v in overrides.items()} if error else {},
-                "model": self.model_revision,
-                "image_format": self.image_format,
-            }
-        )
-        own_id = given.get("id")
-        has_own_id = own_id is not None and str(own_id) != ""
-        row_id = str(own_id) if has_own_id else fingerprint
+        row_id, has_own_id = _row_id(given, fingerprint)
         if has_own_id and (problem := _id_error(row_id)):
             error = error or problem
         return PlannedRow(row_id, fingerprint, image_uri, reference, query, mask_uri, seed, settings, error, has_own_id)
+
+    def identify(self, table: pa.Table) -> tuple[list[str], list[str]]:
+        """The id and the fingerprint that `plan` gives each row of a table, in a tenth of the time.
+
+        Args:
+            table: Manifest rows; columns that their file lacks may be missing.
+        """
+        held = [(c, own) for c, own in self.columns.source.items() if own in table.column_names]
+        names = [c for c, _ in held]
+        ids, fingerprints = [], []
+        for values in zip(*(table[own].to_pylist() for _, own in held), strict=True):
+            given = dict(zip(names, values, strict=True))
+            fingerprint = self._identify(given)[0]
+            ids.append(_row_id(given, fingerprint)[0])
+            fingerprints.append(fingerprint)
+        return ids, fingerprints
+
+    def _identify(self, given: Mapping[str, Any]) -> tuple[str, int, EditSettings, RowError | None]:
+        """Fingerprint, seed, settings but for the seed, and what is wrong with texts or settings."""
+        image_uri, query = given.get("image_uri"), given.get("query")
+        reference, mask_uri = given.get("reference") or None, given.get("mask_uri") or None
+        held = self._overriding
+        overrides = {name: v for name in held if not _absent(v := given.get(name))} if held else {}
+        error = _text_error(image_uri, query, reference)
+        template = self._template
+        seed = None
+        if overrides:
+            try:
+                template, seed = self._overridden(overrides)
+            except SettingsError as wrong:
+                error = error or RowError(ErrorCode.BAD_SETTINGS, str(wrong))
+        seed = template.settings.seed if seed is None else seed
+        seed = derived_seed(image_uri or "") if seed is None else seed
+        # as json.dumps writes it with sorted keys: most of it is the same in every row
+        text = (
+            f'{{"image_format": {self._format_json}, "image_uri": {_json(image_uri)}, '
+            f'"mask_uri": {_json(mask_uri)}, "model": {self._model_json}, '
+            f'"overrides": {_texts(overrides) if error else "{}"}, "query": {_json(query)}, '
+            f'"reference": {_json(reference)}, "settings": {template.before}{seed}{template.after}}}'
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:32], seed, template.settings, error
+
+    def _overridden(self, overrides: dict[str, Any]) -> tuple[_Template, int | None]:
+        """The settings a row asks for, and its seed if it has one: of which nearly every row has another."""
+        seed = overrides.get("seed")
+        plain = seed is None or (type(seed) is int and 0 <= seed < 2**63)
+        others = {name: v for name, v in overrides.items() if name != "seed"}
+        key = tuple((name, type(v), v) for name, v in others.items())
+        try:
+            known = self._templates.get(key) if plain else None
+        except TypeError:  # a list, say, which no setting is
+            plain = False
+        if not plain:
+            return _Template.of(self.settings.with_overrides(overrides)), None
+        if known is None:
+            known = _Template.of(self.settings.with_overrides(others))
+            if len(self._templates) < MAX_TEMPLATES:
+                self._templates[key] = known
+        return known, seed
+
+    @cached_property
+    def _overriding(self) -> tuple[str, ...]:
+        return tuple(name for name in OVERRIDES if name in self.columns.source)
+
+    @cached_property
+    def _template(self) -> _Template:
+        return _Template.of(self.settings)
+
+    @cached_property
+    def _templates(self) -> dict[Any, _Template]:
+        return {}
+
+    @cached_property
+    def _format_json(self) -> str:
+        return json.dumps(self.image_format)
+
+    @cached_property
+    def _model_json(self) -> str:
+        return json.dumps(self.model_revision)
+
+
+@dataclass(frozen=True)
+class _Template:
+    """Settings as a fingerprint has them, open where the seed goes."""
+
+    settings: EditSettings
+    before: str
+    after: str
+
+    @classmethod
+    def of(cls, settings: EditSettings) -> _Template:
+        text = json.dumps({**settings.model_dump(), "seed": 0}, sort_keys=True)
+        before, after = text.split('"seed": 0')
+        return cls(settings, f'{before}"seed": ', after)
+
+
+def _json(text: str | None) -> str:
+    return "null" if text is None else encode_basestring_ascii(text)
+
+
+def _texts(overrides: Mapping[str, Any]) -> str:
+    return json.dumps({name: str(v) for name, v in overrides.items()}, sort_keys=True)
+
+
+def _row_id(given: Mapping[str, Any], fingerprint: str) -> tuple[str, bool]:
+    """A row's id, and whether it is the user's own."""
+    own = given.get("id")
+    return (fingerprint, False) if own is None or own == "" else (str(own), True)
 
 
 def derived_seed(image_uri: str) -> int:
     """A row's seed from its image URI, so that all queries on one image see the same noise: 32 bits."""
     return int.from_bytes(hashlib.sha256(image_uri.encode()).digest()[:4], "big")
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
 def _absent(value: Any) -> bool:
@@ -258,6 +330,8 @@ def _text_error(image_uri: str | None, query: str | None, reference: str | None)
         return RowError(ErrorCode.BAD_ROW, "image_uri is empty")
     if not query or not query.strip():
         return RowError(ErrorCode.BAD_ROW, f"query is empty: nothing says what {storage.shown(image_uri)} should show")
+    if len(whole := f"{image_uri}{query}{reference or ''}") <= MAX_TEXT and "\0" not in whole:
+        return None
     for name, text in (("image_uri", image_uri), ("query", query), ("reference", reference)):
         if text and (len(text) > MAX_TEXT or "\0" in text):
             return RowError(ErrorCode.BAD_ROW, f"{name} has {len(text):,} characters or a NUL among them")

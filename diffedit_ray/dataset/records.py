@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from diffedit_ray.dataset import storage
-from diffedit_ray.errors import ErrorCode, OutputError
+from diffedit_ray.dataset.keys import keys, newest
+from diffedit_ray.errors import ErrorCode, MissingError, OutputError, RowError
 from diffedit_ray.settings import EditSettings
 
 SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+READ_THREADS = 16
+"""Record files read at the same time: on an object store each costs a round trip."""
+READ_TRIES = 5
 
 EDITED, UNCHANGED, FAILED = "edited", "unchanged", "failed"
 STATUSES = (EDITED, UNCHANGED, FAILED)
@@ -105,6 +115,11 @@ class OutputLayout:
         return storage.join(self.root, "records")
 
     @property
+    def leases(self) -> str:
+        """The claims of runs that are going on."""
+        return storage.join(self.root, "_run", "leases")
+
+    @property
     def config(self) -> str:
         """What ran."""
         return storage.join(self.root, "_run", "config.json")
@@ -118,10 +133,11 @@ class OutputLayout:
 def write_records(layout: OutputLayout, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> str:
     """Write records as one new file and return its URI. This is what commits the rows."""
     table = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
-    return _write_table(layout, table)
+    return write_table(layout, table)
 
 
-def _write_table(layout: OutputLayout, table: pa.Table) -> str:
+def write_table(layout: OutputLayout, table: pa.Table) -> str:
+    """Write a table of records as one new file and return its URI."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     uri = storage.join(layout.records, f"records-{secrets.token_hex(8)}.parquet")
@@ -139,20 +155,74 @@ def read_records(output: str, columns: Sequence[str] | None = None) -> pa.Table:
     Raises:
         OutputError: A record file cannot be read.
     """
-    layout = OutputLayout(storage.absolute(output))
     wanted = None if columns is None else list(dict.fromkeys(["id", "recorded_at", *columns]))
-    tables = [_read_file(uri, wanted) for uri in storage.list_files(layout.records, ".parquet")]
+    tables = [table for _, table in map_files(output, lambda table: table, wanted)]
     if not tables:
         schema = record_schema([])
         return schema.empty_table() if columns is None else schema.empty_table().select(list(columns))
-    table = newest(pa.concat_tables(tables, promote_options="permissive"))
+    table = pa.concat_tables(tables, promote_options="permissive")
+    at = newest(keys(table["id"]), recorded_at(table))
+    if len(at) < len(table):
+        table = table.take(pa.array(np.sort(at)))
     return table if columns is None else table.select(list(columns))
 
 
-def _read_file(uri: str, columns: list[str] | None) -> pa.Table:
+def recorded_at(table: pa.Table) -> NDArray[np.int64]:
+    """When each record was written: microseconds since 1970, UTC."""
+    at: NDArray[np.int64] = table["recorded_at"].cast(pa.int64()).to_numpy()
+    return at
+
+
+def map_files(output: str, function: Callable[[pa.Table], T], columns: list[str] | None) -> list[tuple[str, T]]:
+    """What `function` makes of each record file's table, many at a time; sorted by URI.
+
+    A run that is going on has a file for every batch, and at its end they are merged: should one
+    vanish meanwhile, its records are in another, and all are read again.
+
+    Args:
+        output: The output URI.
+        function: Called in threads.
+        columns: Columns to read; none is all.
+
+    Raises:
+        OutputError: A record file cannot be read.
+    """
+    layout = OutputLayout(storage.absolute(output))
+    for left in reversed(range(READ_TRIES)):
+        files = storage.list_files(layout.records, ".parquet")
+        try:
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                return list(zip(files, pool.map(lambda uri: function(read_file(uri, columns)), files), strict=True))
+        except MissingError as error:
+            if not left:
+                raise OutputError(f"{layout.records} changes faster than it can be read: {error}") from error
+    return []
+
+
+def read_file(uri: str, columns: list[str] | None) -> pa.Table:
+    """One record file.
+
+    Raises:
+        OutputError: It cannot be read; `MissingError` if it is gone.
+    """
     try:
         with storage.open_read(uri) as stream:
             return pq.read_table(stream, columns=columns)
+    except FileNotFoundError:
+        raise MissingError(f"{uri} does not exist") from None
+    except (pa.ArrowException, OSError) as error:
+        raise OutputError(f"{uri} is not a readable record file: {error}") from error
+
+
+def read_schema(uri: str) -> pa.Schema:
+    """The columns of one record file.
+
+    Raises:
+        OutputError: It cannot be read.
+    """
+    try:
+        with storage.open_read(uri) as stream:
+            return pq.read_schema(stream)
     except (pa.ArrowException, OSError) as error:
         raise OutputError(f"{uri} is not a readable record file: {storage.shown(str(error))}") from error
 
@@ -163,79 +233,37 @@ def check_types(output: str, schema: pa.Schema) -> None:
     Raises:
         OutputError: A carried column has another type there.
     """
-    for uri in storage.list_files(OutputLayout(storage.absolute(output)).records, ".parquet"):
-        try:
-            with storage.open_read(uri) as stream:
-                held = pq.read_schema(stream)
-            pa.unify_schemas([held.remove_metadata(), schema.remove_metadata()], promote_options="permissive")
-        except (pa.ArrowException, OSError) as error:
-            raise OutputError(
-                f"{uri} does not go with this manifest: {error}. Use another output, or give the column its old type"
-            ) from error
-
-
-def newest(records: pa.Table) -> pa.Table:
-    """Only the latest record of each id, in the order of the table."""
-    order = pa.chunked_array([pa.array(range(len(records)), pa.int64())])
-    ranked = records.append_column("_order", order).select(["id", "recorded_at", "_order"])
-    ranked = ranked.sort_by([("recorded_at", "ascending"), ("_order", "ascending")])
-    last = ranked.group_by("id", use_threads=False).aggregate([("_order", "last")])
-    return records.take(last["_order_last"].sort())
-
-
-def compact(output: str) -> int:
-    """Merge the record files into one that holds exactly one record per id; returns how many there are.
-
-    The merged file is written before the others go, so a crash in between leaves duplicates
-    that `read_records` sees through, and never a gap.
-    """
-    layout = OutputLayout(storage.absolute(output))
-    files = storage.list_files(layout.records, ".parquet")
-    if not files:
-        return 0
-    if len(files) == 1:
-        whole = _read_file(files[0], ["id"])
-        if len(whole["id"].unique()) == len(whole):
-            return len(whole)
-    table = newest(pa.concat_tables([_read_file(uri, None) for uri in files], promote_options="permissive"))
-    table = table.replace_schema_metadata({"diffedit_ray_records": str(SCHEMA_VERSION)})
-    _write_table(layout, table)
-    for uri in files:
-        storage.remove(uri)
-    return len(table)
-
-
-@dataclass(frozen=True)
-class Done:
-    """What an output already holds.
-
-    Attributes:
-        fingerprints: id -> fingerprint of rows that need no work.
-        attempts: id -> tries so far, of rows that failed.
-    """
-
-    fingerprints: dict[str, str]
-    attempts: dict[str, int]
-
-
-def read_done(output: str, retry_failed: str) -> Done:
-    """Read what is recorded.
-
-    Args:
-        output: The output URI.
-        retry_failed: "transient", "all" or "none": which failures to try again.
-    """
-    table = read_records(output, ["id", "fingerprint", "status", "error_code", "attempts"])
-    fingerprints, attempts = {}, {}
-    for row in table.to_pylist():
-        if row["status"] == FAILED:
-            attempts[row["id"]] = row["attempts"]
-            if retry_failed == "all" or (retry_failed == "transient" and row["error_code"] not in PERMANENT):
-                continue
-        fingerprints[row["id"]] = row["fingerprint"]
-    return Done(fingerprints, attempts)
+    files = storage.list_files(OutputLayout(storage.absolute(output)).records, ".parquet")
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for uri, held in zip(files, pool.map(read_schema, files), strict=True):
+            try:
+                pa.unify_schemas([held.remove_metadata(), schema.remove_metadata()], promote_options="permissive")
+            except pa.ArrowException as error:
+                raise OutputError(
+                    f"{uri} does not go with this manifest: {error}. "
+                    "Use another output, or give the column its old type"
+                ) from error
 
 
 def write_json(uri: str, value: Mapping[str, Any]) -> None:
     """Write a run file for people and scripts."""
     storage.write_bytes(uri, (json.dumps(value, indent=2, default=str) + "\n").encode())
+
+
+def read_json(uri: str) -> dict[str, Any] | None:
+    """A run file; None if there is none.
+
+    Raises:
+        OutputError: It cannot be read, or is not JSON.
+    """
+    try:
+        held = json.loads(storage.read_bytes(uri, max_bytes=1 << 24))
+    except RowError as error:
+        if error.code is ErrorCode.NOT_FOUND:
+            return None
+        raise OutputError(error.message) from None
+    except ValueError as error:
+        raise OutputError(f"{uri} is damaged: {error}") from None
+    if not isinstance(held, dict):
+        raise OutputError(f"{uri} is damaged: it holds no JSON object")
+    return held

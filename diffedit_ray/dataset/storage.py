@@ -10,6 +10,7 @@ import copy
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 import fsspec.config
@@ -335,3 +336,18 @@ def open_read(uri: str) -> Iterator[Any]:
         raise OutputError(f"cannot read {shown(uri)}: {explain(error)}") from None
     with stream:
         yield stream
+
+
+def modified(uri: str) -> float:
+    """When a file was last written, in seconds since 1970 on the store's own clock.
+
+    Raises:
+        MissingError: It is not there.
+    """
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()  # as in list_files
+    try:
+        written: datetime = fs.modified(path)
+    except FileNotFoundError:
+        raise MissingError(f"{uri} does not exist") from None
+    return written.timestamp()

@@ -4,94 +4,42 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from diffedit_ray.dataset import records, storage
-from diffedit_ray.dataset.manifest import (
-    Columns,
-    RowPlanner,
-    iterate_manifest,
-    manifest_files,
-    manifest_folder,
-    manifest_schema,
-    match_columns,
-)
-from diffedit_ray.dataset.records import FAILED, Done, OutputLayout
+from diffedit_ray.dataset.compaction import compact
+from diffedit_ray.dataset.lease import Lease
+from diffedit_ray.dataset.manifest import RowPlanner, manifest_files, manifest_folder, manifest_schema, match_columns
+from diffedit_ray.dataset.recorded import read_recorded
+from diffedit_ray.dataset.records import OutputLayout
+from diffedit_ray.dataset.run_config import check_config, versions
+from diffedit_ray.dataset.scan import Scan, Turns, scan_manifest
+from diffedit_ray.dataset.spans import read_span
 from diffedit_ray.diffusion.model import model_geometry, model_revision
 from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
 from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
 from diffedit_ray.pipeline.guard import start_ledger
 from diffedit_ray.pipeline.interrupt import interruptible
-from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields, use_storage
+from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
+from diffedit_ray.pipeline.preflight import check_images, check_model, check_output
+from diffedit_ray.pipeline.rows import carried_fields, use_storage
+from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Store
+from diffedit_ray.pipeline.summary import JobSummary
 from diffedit_ray.settings import EditSettings, JobSettings
 
 if TYPE_CHECKING:
     import ray.data
 
 logger = logging.getLogger(__name__)
-
-SHOWN_IDS = 10
-
-
-@dataclass
-class JobSummary:
-    """How a run ended.
-
-    Attributes:
-        output: Where the results are.
-        rows: Distinct rows in the manifest.
-        duplicates: Further rows equal to one of those in everything; edited once.
-        done_before: Rows that were recorded already and cost nothing now.
-        edited, unchanged, failed: Records of the manifest's rows, by status, after the run.
-        errors: Error code -> failed rows.
-        seconds: The run's duration.
-        edited_now: Rows this run worked on.
-        interrupted: Whether it was stopped from outside.
-        max_failed: The share of failed rows the user accepts.
-        error: Why the run broke off, if it did.
-    """
-
-    output: str
-    rows: int
-    duplicates: int = 0
-    done_before: int = 0
-    edited: int = 0
-    unchanged: int = 0
-    failed: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    edited_now: int = 0
-    interrupted: bool = False
-    max_failed: float = 1.0
-    error: str | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """0 fine, 1 broken off, 3 more failures than accepted, 130 interrupted."""
-        if self.interrupted:
-            return 130
-        if self.error:
-            return 1
-        return 3 if self.rows and self.failed / self.rows > self.max_failed else 0
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the driver knows of a manifest before any work is done."""
-
-    ids: set[str]
-    pending: int
-    duplicates: int
 
 
 def edit_dataset(
@@ -137,7 +85,7 @@ def edit_dataset(
     schema = pa.schema(list(zip(found.names, (_arrow_type(t) for t in found.types), strict=True)))
     columns = match_columns(schema, job.columns)
     planner = RowPlanner(columns, settings or EditSettings(), model_revision(model), job.image_format)
-    edited = _edited(ds, planner, model, job, storage.absolute(base_uri), None, start_ledger())
+    edited = _edited(ds, Plan(planner, model), model, job, storage.absolute(base_uri), start_ledger())
     collect = Collect(model_geometry(model), job, records.record_schema(carried_fields(columns)))
     return edited.map_batches(collect, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)
 
@@ -147,20 +95,13 @@ def _arrow_type(kind: Any) -> pa.DataType:
 
 
 def _edited(
-    ds: ray.data.Dataset,
-    planner: RowPlanner,
-    model: str,
-    job: JobSettings,
-    base_uri: str,
-    done: Done | None,
-    ledger: Any,
+    ds: ray.data.Dataset, plan: Plan | PlanPending, model: str, job: JobSettings, base_uri: str, ledger: Any
 ) -> ray.data.Dataset:
     """plan → fetch → edit, lazily."""
     import ray
 
     geometry = model_geometry(model)
     blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-    plan = Plan(planner, model, None if done is None else ray.put(done))
     rows = ds.map_batches(plan, num_cpus=IO_CPUS, **blocks)
     # a block is a batch, from here to its record file: small enough to share out, and all that one bad block can hurt
     rows = rows.repartition(target_num_rows_per_block=job.batch_size)
@@ -208,7 +149,9 @@ def run_edit_job(
     Raises:
         ManifestError: The manifest cannot be read, lacks a column, or repeats an id.
         ModelError: The checkpoint is not one.
-        OutputError: The output cannot be written, or after the run a row has no record.
+        WrongOutputError: The output was made with another model, other settings or another image format.
+        OutputError: The output cannot be written, another run is writing to it, or after the run rows and
+            records do not match.
         DiffEditError: The run broke off; what it did until then is recorded.
 
     Example:
@@ -246,80 +189,112 @@ def _run(
     columns = match_columns(schema, job.columns)
     planner = RowPlanner(columns, settings, revision, job.image_format)
     layout = OutputLayout(output)
-    done = Done({}, {})
-    if not job.overwrite:
-        records.check_types(output, records.record_schema(carried_fields(columns)))
-        done = records.read_done(output, job.retry_failed)
-    plan = _plan(files, columns, planner, done)
-    if job.overwrite:  # only now that the manifest is known to be good
-        for part in ("records", "images", "masks", "_run"):
-            storage.remove(storage.join(output, part), recursive=True)
-    summary = JobSummary(output, rows=len(plan.ids), duplicates=plan.duplicates, max_failed=job.max_failed)
-    summary.done_before = len(plan.ids) - plan.pending
-    logger.info("%d rows, %d recorded already, %d to do", summary.rows, summary.done_before, plan.pending)
-    records.write_json(
-        layout.config,
-        {
-            "manifest": storage.shown(manifest),
-            "output": storage.shown(output),
-            "model": model,
-            "model_revision": revision,
-            "started_at": started.isoformat(),
-            "settings": settings.model_dump(),
-            "job": job.model_dump(mode="json"),
-            "record_schema_version": records.SCHEMA_VERSION,
-            "versions": _versions(),
-        },
-    )
-    try:
-        if plan.pending:
-            start_ray()
-            ds = _read(files, schema)
-            ledger = start_ledger()
-            edited = _edited(ds, planner, model, job, manifest_folder(manifest), done, ledger)
-            store = Store(model_geometry(model), job, layout, records.record_schema(carried_fields(columns)), ledger)
-            stored = edited.map_batches(store, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)
-            _drain(stored, plan.pending, summary, progress)
-    except KeyboardInterrupt:
-        summary.interrupted = True
-    except Exception as error:
-        from ray.exceptions import RayError
-
-        summary.error = _reason(error)
-        if isinstance(error, RayError):  # its text is the traceback of a worker
-            raise DiffEditError(f"the run broke off: {summary.error}") from error
-        raise
-    finally:
-        records.compact(output)
-        unrecorded = _count(summary, plan.ids)
-        missing = [] if summary.interrupted or summary.error else unrecorded
-        if missing:
-            summary.error = (
-                f"{len(missing)} rows have no record after the run: {_shown(missing)}. "
-                "Run the same command again; if it happens twice, please report it"
-            )
+    stored_schema = records.record_schema(carried_fields(columns))
+    check_model(model)
+    check_output(output)
+    with Lease(output) as lease:
+        if not job.overwrite:
+            check_config(output, settings, revision, job.image_format)
+            records.check_types(output, stored_schema)
+        scan = scan_manifest(files, planner)
+        if job.overwrite:  # only now that the manifest is known to be good
+            _clear(layout)
+        turns = scan.turns(read_recorded(output), retry_failed=job.retry_failed, retry_permanent=job.retry_permanent)
+        pending = int(np.count_nonzero(turns))
+        rows = len(scan.ids)
+        summary = JobSummary(output, rows, duplicates=scan.total - rows, max_failed=job.max_failed)
+        summary.done_before = rows - pending
+        logger.info("%d rows, %d recorded already, %d to do", rows, summary.done_before, pending)
+        records.write_json(
+            layout.config,
+            {
+                "run": lease.run,
+                "manifest": storage.shown(manifest),
+                "output": storage.shown(output),
+                "model": model,
+                "model_revision": revision,
+                "started_at": started.isoformat(),
+                "rows": rows,
+                "pending": pending,
+                "settings": settings.model_dump(),
+                "job": job.model_dump(mode="json"),
+                "record_schema_version": records.SCHEMA_VERSION,
+                "versions": versions(),
+            },
+        )
+        broken: Exception | None = None
+        try:
+            if pending:
+                base_uri = manifest_folder(manifest)
+                check_images(_pending_images(scan, turns, schema, base_uri), max_bytes=job.max_bytes)
+                start_ray()
+                ledger = start_ledger()
+                store = Store(model_geometry(model), job, layout, stored_schema, ledger)
+                edited = _edited_rows(scan, turns, schema, model, job, base_uri, ledger)
+                stored = edited.map_batches(store, batch_size=None, batch_format="pyarrow", num_cpus=IO_CPUS)
+                _drain(stored, pending, summary, progress, lease)
+        except KeyboardInterrupt:
+            summary.interrupted = True
+        except Exception as error:
+            summary.error, broken = _reason(error), error
+        conclude(summary, scan, turns)
         summary.seconds = time.monotonic() - began
         ended = datetime.now(UTC).isoformat()
-        records.write_json(layout.summary, {**asdict(summary), "exit_code": summary.exit_code, "ended_at": ended})
-    if missing:
+        told = {"run": lease.run, **asdict(summary), "exit_code": summary.exit_code, "ended_at": ended}
+        records.write_json(layout.summary, told)
+    if broken is not None:
+        raise _told(broken, summary)
+    if summary.error:
         raise OutputError(summary.error)
     return summary
 
 
-def _read(files: list[str], schema: pa.Schema) -> ray.data.Dataset:
-    """The manifest's rows, lazily."""
-    import ray.data
+def conclude(summary: JobSummary, scan: Scan, turns: Turns) -> None:
+    """Merge the records of a run that has ended, and hold them against the manifest.
 
-    fs, _ = storage.filesystem(files[0])
-    paths = [storage.filesystem(file)[1] for file in files]
-    return ray.data.read_parquet(
-        paths,
-        filesystem=storage.arrow_filesystem(fs),
-        # the driver has chosen the files and seen all their columns; Ray would sample and filter them, and parse paths
-        schema=schema,
-        file_extensions=None if storage.is_web(files[0]) else sorted({path.rsplit(".", 1)[-1] for path in paths}),
-        partitioning=None,
-    )
+    What does not add up after a whole run is in `summary.error`. A run that broke off leaves its record files
+    to the next one: some worker may still be writing.
+    """
+    whole = not summary.interrupted and summary.error is None
+    try:
+        if whole:
+            compact(summary.output)
+        found = scan.reconcile(read_recorded(summary.output), turns)
+        summary.count(found)
+        if whole:
+            summary.error = found.complaint(scan)
+    except DiffEditError as error:
+        summary.error = summary.error or str(error)
+
+
+def _clear(layout: OutputLayout) -> None:
+    # records first: they must not outlive what they name, nor the configuration that says how they were made
+    for part in ("records", "images", "masks"):
+        storage.remove(storage.join(layout.root, part), recursive=True)
+    for uri in (layout.config, layout.summary):  # the leases beside them stay
+        storage.remove(uri)
+
+
+def _pending_images(scan: Scan, turns: Turns, schema: pa.Schema, base_uri: str) -> Iterator[str]:
+    """The image URIs of the rows that need work, of those rows that name one."""
+    for span in scan.pending_spans(turns):
+        own = turns[span.start : span.start + span.rows]
+        for row in read_span(span, schema).filter(pa.array(own > 0)).to_pylist():
+            planned = scan.planner.plan(row)
+            if planned.error is None and planned.image_uri:
+                yield storage.resolve(planned.image_uri, base_uri)
+
+
+def _edited_rows(
+    scan: Scan, turns: Turns, schema: pa.Schema, model: str, job: JobSettings, base_uri: str, ledger: Any
+) -> ray.data.Dataset:
+    """The rows of a manifest that need work, edited, lazily."""
+    import ray
+
+    spans = span_rows(scan.pending_spans(turns))
+    ds = ray.data.from_items(spans, override_num_blocks=len(spans))
+    plan = PlanPending(Plan(scan.planner, model), schema, ray.put(turns), job)
+    return _edited(ds, plan, model, job, base_uri, ledger)
 
 
 def _drain(
@@ -327,6 +302,7 @@ def _drain(
     pending: int,
     summary: JobSummary,
     progress: Callable[[int, Mapping[str, int]], None] | None,
+    lease: Lease,
 ) -> None:
     """Drive the rows through the stages, counting what comes out."""
     counts: Counter[str] = Counter()
@@ -336,49 +312,13 @@ def _drain(
         for batch in batches:
             counts.update(batch["status"].to_pylist())
             summary.edited_now = sum(counts.values())
+            if lease.lost:
+                raise OutputError(
+                    f"another run has taken {summary.output} over, since this one had not renewed its lease in time; "
+                    "what it did until now is recorded"
+                )
             if progress is not None:
                 progress(pending, counts)
-
-
-def _plan(files: list[str], columns: Columns, planner: RowPlanner, done: Done) -> _Plan:
-    """Read the manifest once on the driver: count it, and refuse an id that names two different rows."""
-    fingerprints: dict[str, str] = {}
-    repeated: list[str] = []
-    duplicates = pending = 0
-    for table in iterate_manifest(files, list(columns.source.values())):
-        for row in table.to_pylist():
-            planned = planner.plan(row)
-            known = fingerprints.get(planned.id)
-            if known is None:
-                fingerprints[planned.id] = planned.fingerprint
-                pending += done.fingerprints.get(planned.id) != planned.fingerprint
-            elif known == planned.fingerprint:
-                duplicates += 1
-            else:
-                repeated.append(planned.id)
-    if repeated:
-        raise ManifestError(
-            f"{len(repeated)} rows repeat the id of an earlier, different row: {_shown(repeated)}. "
-            "Ids must be unique; without an id column they are derived"
-        )
-    if not fingerprints:
-        logger.warning("the manifest has no rows")
-    return _Plan(set(fingerprints), pending, duplicates)
-
-
-def _count(summary: JobSummary, ids: set[str]) -> list[str]:
-    """Count the manifest's rows by status; returns those without a record, of which a whole run leaves none."""
-    table = records.read_records(summary.output, ["id", "status", "error_code"])
-    statuses: Counter[str] = Counter()
-    errors: Counter[str] = Counter()
-    for row in table.to_pylist():
-        if row["id"] in ids:
-            statuses[row["status"]] += 1
-            if row["status"] == FAILED:
-                errors[row["error_code"]] += 1
-    summary.edited, summary.unchanged, summary.failed = (statuses[s] for s in records.STATUSES)
-    summary.errors = dict(errors.most_common())
-    return sorted(ids.difference(table["id"].to_pylist()))
 
 
 def _reason(error: Exception) -> str:
@@ -387,10 +327,12 @@ def _reason(error: Exception) -> str:
     return storage.shown(lines[-1]) if lines else type(error).__name__
 
 
-def _shown(ids: list[str]) -> str:
-    return ", ".join(ids[:SHOWN_IDS]) + (", …" if len(ids) > SHOWN_IDS else "")
+def _told(error: Exception, summary: JobSummary) -> Exception:
+    """What to raise for what broke a run: Ray's own errors read as the traceback of a worker."""
+    from ray.exceptions import RayError
 
-
-def _versions() -> dict[str, str]:
-    packages = ("diffedit_ray", "ray", "torch", "diffusers", "transformers", "pyarrow", "fsspec", "pillow")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    if not isinstance(error, RayError):
+        return error
+    told = DiffEditError(f"the run broke off: {summary.error}")
+    told.__cause__ = error
+    return told

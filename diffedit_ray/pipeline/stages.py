@@ -1,4 +1,4 @@
-"""The map stages a row passes through: plan, fetch, edit, store.
+"""The map stages a planned row passes through: fetch, edit, store.
 
 Every stage maps a table to a table of the same rows and the same columns (`work_schema`).
 What goes wrong with a row is written into it, and it travels on.
@@ -22,23 +22,30 @@ import pyarrow as pa
 
 from diffedit_ray.dataset import records, storage
 from diffedit_ray.dataset.images import decode_image, decode_mask, encode_image
-from diffedit_ray.dataset.manifest import Columns, RowPlanner
-from diffedit_ray.dataset.records import EDITED, FAILED, UNCHANGED, Done, OutputLayout
+from diffedit_ray.dataset.records import EDITED, UNCHANGED, OutputLayout
 from diffedit_ray.diffusion.framing import (
-    Frame,
     Geometry,
     finish,
     fit,
-    frame_for,
     latent_mask_from,
     over_white,
     pixel_alpha,
 )
 from diffedit_ray.errors import DiffEditError, ErrorCode, ForbiddenError, RowError
 from diffedit_ray.pipeline.guard import Guard
+from diffedit_ray.pipeline.rows import (
+    PENDING,
+    PICTURE_FIELDS,
+    WORK_FIELDS,
+    Row,
+    fail,
+    frame_of,
+    map_rows,
+    settings_of,
+    surprise,
+    use_storage,
+)
 from diffedit_ray.settings import EditSettings, JobSettings
-
-Row = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
@@ -46,64 +53,6 @@ STORE_THREADS = 4
 """Images one store task encodes and writes at the same time."""
 LEAST_EDIT_SECONDS = 60.0
 """However fast rows are, one may take this long before it counts as hung."""
-
-PENDING = "pending"
-"""The status of a row that nothing has gone wrong with yet; never recorded."""
-
-_WORK_FIELDS = tuple(
-    pa.field(name, pa.large_binary()) for name in ("_original", "_user_mask", "_fitted", "_edited", "_latent_mask")
-)
-PICTURE_FIELDS = (pa.field("edited_image", pa.large_binary()), pa.field("mask_image", pa.large_binary()))
-"""What `Collect` returns beside the record: the files that `Store` would have written."""
-
-_RESERVED = (*records.NAMES, *(f.name for f in (*_WORK_FIELDS, *PICTURE_FIELDS)))
-
-
-def carried_fields(columns: Columns) -> list[pa.Field]:
-    """The carried columns as records name them."""
-    reserved = {*_RESERVED, *(f.name for f in columns.carried)}
-    fields = []
-    for f in columns.carried:
-        name = records.carried_name(f.name, reserved) if f.name in _RESERVED else f.name
-        reserved.add(name)
-        fields.append(f.with_name(name).with_nullable(True))
-    return fields
-
-
-def work_schema(columns: Columns) -> pa.Schema:
-    """The columns of a row in flight: its record's, the carried ones, and its pictures."""
-    return pa.schema([*records.FIELDS, *carried_fields(columns), *_WORK_FIELDS])
-
-
-def settings_of(row: Mapping[str, Any]) -> EditSettings:
-    """The settings a planned row carries, without its seed."""
-    return EditSettings(**{name: row[name] for name in EditSettings.model_fields if name != "seed"})
-
-
-def fail(row: Row, error: RowError) -> None:
-    """Mark a row as failed and drop its pictures; it travels on as its own record."""
-    row.update(status=FAILED, error_code=error.code.value, error_message=error.message)
-    row.update({f.name: None for f in _WORK_FIELDS})
-
-
-def _surprise(code: ErrorCode, row: Mapping[str, Any], error: Exception) -> RowError:
-    return RowError(code, storage.shown(f"{row['image_uri']}: {type(error).__name__}: {error}"))
-
-
-def frame_of(row: Mapping[str, Any], geometry: Geometry) -> Frame:
-    """How a fetched row's picture lies in what the model sees."""
-    return frame_for(row["width"], row["height"], geometry, row["resolution"])
-
-
-def use_storage(job: JobSettings) -> None:
-    """Make this process use a job's storage options; whatever touches storage on its behalf calls it first."""
-    storage.configure(job.storage_options.get_secret_value(), tries=job.storage_tries, seconds=job.storage_seconds)
-
-
-def _map_rows(table: pa.Table, function: Callable[[list[Row]], None]) -> pa.Table:
-    rows = table.to_pylist()
-    function(rows)
-    return pa.Table.from_pylist(rows, schema=table.schema)
 
 
 def _all_at_once(
@@ -126,56 +75,6 @@ def _all_at_once(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Manifest rows to rows in flight, without those that are already done."""
-
-    planner: RowPlanner
-    model: str
-    done: Any = None  # an ObjectRef to Done: a large index is shipped once, not with every task
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Plan a block of manifest rows."""
-        done = self._done()
-        columns = self.planner.columns
-        names = [f.name for f in carried_fields(columns)]
-        rows = []
-        seen: set[str] = set()
-        for source in table.to_pylist():
-            planned = self.planner.plan(source)
-            if done.fingerprints.get(planned.id) == planned.fingerprint or planned.id in seen:
-                continue
-            if self.done is not None:  # without an output to resume, every row is answered, the repeated ones too
-                seen.add(planned.id)
-            row: Row = {
-                "id": planned.id,
-                "fingerprint": planned.fingerprint,
-                "image_uri": planned.image_uri,
-                "reference": planned.reference,
-                "query": planned.query,
-                "user_mask_uri": planned.user_mask_uri,
-                "status": PENDING,
-                "attempts": done.attempts.get(planned.id, 0) + 1,
-                **planned.settings.model_dump(),
-                "model": self.model,
-                "model_revision": self.planner.model_revision,
-                "recorded_at": datetime.now(UTC),
-                **{name: source[f.name] for name, f in zip(names, columns.carried, strict=True)},
-            }
-            if planned.error is not None:
-                fail(row, planned.error)
-            rows.append(row)
-        return pa.Table.from_pylist(rows, schema=work_schema(columns))
-
-    def _done(self) -> Done:
-        if self.done is None:
-            return Done({}, {})
-        import ray
-
-        done: Done = ray.get(self.done)
-        return done
-
-
-@dataclass(frozen=True)
 class Fetch:
     """URI to bytes to checked, fitted pixels, many at a time."""
 
@@ -187,7 +86,7 @@ class Fetch:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Fetch the rows that are still pending."""
         use_storage(self.job)
-        return _map_rows(table, self._fetch_all)
+        return map_rows(table, self._fetch_all)
 
     def _fetch_all(self, rows: list[Row]) -> None:
         # the threads below keep to the time limit; the guard's is for what no thread survives
@@ -203,7 +102,7 @@ class Fetch:
                 name = storage.shown(row["image_uri"])
                 fail(row, RowError(ErrorCode.TIMEOUT, f"{name} did not arrive within {seconds:g} s"))
             elif isinstance(result, Exception):  # a bug or a library's surprise must stay this row's own
-                fail(row, _surprise(ErrorCode.FETCH_FAILED, row, result))
+                fail(row, surprise(ErrorCode.FETCH_FAILED, row, result))
             else:
                 row.update(result)
 
@@ -265,7 +164,7 @@ class Edit:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Edit the rows that are still pending."""
-        return _map_rows(table, self._edit_all)
+        return map_rows(table, self._edit_all)
 
     def _edit_all(self, rows: list[Row]) -> None:
         limit = self.job.edit_timeout
@@ -332,7 +231,7 @@ class Edit:
             if mask.any():
                 row.update(status=EDITED, _edited=pixels[i].tobytes(), _latent_mask=mask.tobytes())
             else:
-                row.update({f.name: None for f in _WORK_FIELDS}, status=UNCHANGED)
+                row.update({f.name: None for f in WORK_FIELDS}, status=UNCHANGED)
 
 
 def device_is_lost(error: Exception) -> bool:
@@ -415,7 +314,7 @@ class Store:
                 forbidden = isinstance(result, ForbiddenError)
                 fail(row, RowError(ErrorCode.FORBIDDEN if forbidden else ErrorCode.STORE_FAILED, str(result)))
             elif isinstance(result, Exception):  # as in Fetch: this row's own
-                fail(row, _surprise(ErrorCode.STORE_FAILED, row, result))
+                fail(row, surprise(ErrorCode.STORE_FAILED, row, result))
             else:
                 row.update(result)
 
@@ -462,7 +361,7 @@ class Collect:
                     fail(row, error)
                     continue
                 except Exception as error:  # as in Fetch: this row's own
-                    fail(row, _surprise(ErrorCode.STORE_FAILED, row, error))
+                    fail(row, surprise(ErrorCode.STORE_FAILED, row, error))
                     continue
                 row.update(edited_image=image, mask_image=mask, mask_fraction=fraction)
                 row["sha256"] = hashlib.sha256(image).hexdigest()

@@ -15,12 +15,12 @@ from diffedit_ray.dataset.manifest import (
     PlannedRow,
     RowPlanner,
     derived_seed,
-    iterate_manifest,
     manifest_files,
     manifest_folder,
     manifest_schema,
     match_columns,
 )
+from diffedit_ray.dataset.spans import iterate_spans, read_span
 from diffedit_ray.errors import ErrorCode, ManifestError
 from diffedit_ray.settings import EditSettings
 
@@ -165,6 +165,68 @@ class TestPlanning:
         assert _plan({**ROW, "id": good}).error is None
 
 
+PINNED: list[dict[str, Any]] = [
+    ROW,
+    {"image_uri": 'été/ü "x".png', "reference": None, "query": "a \u2028 zebra \U0001f993\n\\"},
+    {**ROW, "reference": "", "mask_uri": "m.png", "id": "mine"},
+    {"image_uri": "s3://b/horse.png", "query": "a zebra", "seed": 7},
+    {**ROW, "reference": None, "seed": 2**63 - 1, "steps": 20.0, "composite": False, "resolution": 512},
+    {**ROW, "reference": None, "guidance_scale": 3, "mask_threshold": 0.45},
+    {**ROW, "reference": None, "steps": 0},
+    {**ROW, "reference": None, "seed": -1},
+    {**ROW, "reference": None, "seed": 5.0, "id": 12},
+    {**ROW, "reference": None, "query": "", "steps": 20},
+    {"image_uri": None, "query": None},
+]
+FINGERPRINTS = [
+    "ceb7090643f17334e559c918c3f84a89 5a0432a88c1e90fc773e5e9706d7e50d 8a743a41ff5bb64975854260e1a0f1e2 "
+    "21ff55e6b7ecb8fe7757ea3e28de4027 7ea8f6919e41476a7ef6013a4a4518f1 0ae4c5666cc42b24df3667bf2d8162b4 "
+    "5300a60c8078e99b9ad48767039687dc 061ca511806c6813e8946505be763400 0b323b75d44c0e94ca509761fc911385 "
+    "22e750700b93eecc6cff362ea5e78113 8b3ac372e1c4c167314683f99bfbcf30",
+    "2e1073a75a1d0f3519f2ebddbb024da5 638d14a236a58f28a4170afe7a110001 234facf34b26ab66031c6c0d4b71e697 "
+    "3eeda128deaa3ea9d8a6ca61066378aa d7c5bb36abb04bb22744300f862305ea d2235f3936925f1a70a2a29d6e68c849 "
+    "d92360845b4330a377bc4f403a494158 35361d28cbe59f6a1702dd3d6d8cb08f 3a62de71f4bc540cb5c442d2e82924ae "
+    "4ab0b8a9f9e17f02045d0d206862a0d2 9cf3c2729d13198ca7396a534a65de64",
+]
+"""Of the rows above, as version 0.1.0 first wrote them: another value edits every row of every output again."""
+
+
+class TestFingerprintsStay:
+    @pytest.mark.parametrize(
+        ("settings", "revision", "image_format", "expected"),
+        [
+            (EditSettings(), "r1", "png", FINGERPRINTS[0]),
+            (EditSettings(steps=20, seed=3, guidance_scale=5), "0123456789abcdef", "webp", FINGERPRINTS[1]),
+        ],
+    )
+    def test_from_one_release_to_the_next(
+        self, settings: EditSettings, revision: str, image_format: str, expected: str
+    ) -> None:
+        found = [_plan(row, settings, revision=revision, image_format=image_format) for row in PINNED]
+        assert [row.fingerprint for row in found] == expected.split()
+
+    def test_identifying_a_table_gives_what_planning_gives(self) -> None:
+        rows = [{k: v for k, v in row.items() if k not in ("id", "seed", "steps")} for row in PINNED]
+        rows += [{**ROW, "id": "mine", "steps": 20.0, "seed": 5}, {**ROW, "id": "", "steps": math.nan}]
+        rows += [{**ROW, "steps": 0.0}, {**ROW, "seed": 5}]
+        table = pa.table({name: [row.get(name) for row in rows] for name in {n: None for row in rows for n in row}})
+        planner = RowPlanner(match_columns(table.schema, {}), EditSettings(), "r1", "png")
+        planned = [planner.plan(row) for row in table.to_pylist()]
+        assert planner.identify(table) == ([p.id for p in planned], [p.fingerprint for p in planned])
+        assert {p.error.code for p in planned if p.error} == {ErrorCode.BAD_ROW, ErrorCode.BAD_SETTINGS}
+
+    def test_a_combination_of_settings_met_before_is_told_apart_from_its_likes(self) -> None:
+        # True equals 1 and 20 equals 20.0 to a dictionary, and settings are remembered in one
+        columns = match_columns(_schema("image_uri", "query", "steps", "composite", "guidance_scale"), {})
+        planner = RowPlanner(columns, EditSettings(), "r1", "png")
+        rows = [{**ROW, "guidance_scale": 1, "composite": v} for v in (1, True, 1.0)]
+        assert [planner.plan(row).settings.composite for row in rows] == [True] * 3
+        for value in ([5], 5, "5", 5):
+            row = planner.plan({**ROW, "steps": value})
+            assert (row.error is None) == (value != [5])
+            assert row.settings.steps == (50 if value == [5] else 5)
+
+
 class TestOverrides:
     def test_a_rows_own_settings_hold_for_it(self) -> None:
         row = _plan({**ROW, "steps": 20, "seed": 5, "composite": False, "guidance_scale": 3}, EditSettings(mask_maps=4))
@@ -271,8 +333,10 @@ class TestFiles:
     def test_rows_come_in_file_order_and_in_bounded_tables(self, folder: Path) -> None:
         many = pa.table({"image_uri": [f"{i}" for i in range(25)], "query": ["q"] * 25})
         pq.write_table(many, folder / "b.parquet")
-        tables = list(iterate_manifest(manifest_files(str(folder)), ["image_uri"], batch_rows=10))
-        assert [len(t) for t in tables] == [1, 10, 10, 5, 1]
+        found = list(iterate_spans(manifest_files(str(folder)), ["image_uri"], 10))
+        spans, tables = [span for span, _ in found], [table for _, table in found]
+        assert [len(t) for t in tables] == [span.rows for span in spans] == [1, 10, 10, 5, 1]
+        assert [span.start for span in spans] == [0, 1, 11, 21, 26]
         assert [uri for t in tables for uri in t["image_uri"].to_pylist()] == [
             "1.png",
             *many["image_uri"].to_pylist(),
@@ -280,13 +344,34 @@ class TestFiles:
         ]
         assert all(t.column_names == ["image_uri"] for t in tables)
 
+    def test_a_span_is_read_again_with_all_its_columns(self, folder: Path) -> None:
+        many = pa.table({"image_uri": [f"{i}" for i in range(25)], "query": ["q"] * 25, "sku": range(25)})
+        pq.write_table(many, folder / "b.parquet", row_group_size=12)
+        files = manifest_files(str(folder))
+        schema = manifest_schema(files)
+        spans = [span for span, _ in iterate_spans(files, ["query"], 5)]
+        assert [span.rows for span in spans] == [1, 5, 5, 2, 5, 5, 2, 1, 1]
+        read = pa.concat_tables([read_span(span, schema) for span in spans])
+        assert read.schema.equals(schema)
+        assert read["image_uri"].to_pylist() == ["1.png", *many["image_uri"].to_pylist(), "2.png"]
+        assert read["sku"].to_pylist() == [None, *range(25), None]
+
+    def test_a_file_that_shrank_meanwhile(self, folder: Path) -> None:
+        spans = [span for span, _ in iterate_spans(manifest_files(str(folder)), ["query"])]
+        schema = manifest_schema(manifest_files(str(folder)))
+        pq.write_table(
+            pa.table({"image_uri": pa.array([], pa.string()), "query": pa.array([], pa.string())}), folder / "b.parquet"
+        )
+        with pytest.raises(ManifestError, match=r"b\.parquet has changed while the run was reading it"):
+            read_span(spans[1], schema)
+
     def test_a_file_that_is_not_parquet(self, folder: Path) -> None:
         (folder / "b.parquet").write_text("image_uri,query\n")
         files = manifest_files(str(folder))
         with pytest.raises(ManifestError, match=r"b\.parquet cannot be read as Parquet"):
             manifest_schema(files)
         with pytest.raises(ManifestError, match=r"b\.parquet cannot be read as Parquet"):
-            list(iterate_manifest(files, None))
+            list(iterate_spans(files, None))
 
     def test_files_may_lack_columns_but_not_disagree_about_one(self, folder: Path) -> None:
         # a manifest that grows gains columns

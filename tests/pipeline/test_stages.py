@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,16 +11,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from diffedit_ray.dataset import records, storage
 from diffedit_ray.dataset.images import decode_image
-from diffedit_ray.dataset.manifest import RowPlanner, match_columns
+from diffedit_ray.dataset.manifest import RowPlanner, manifest_files, manifest_schema, match_columns
 from diffedit_ray.dataset.records import OutputLayout
+from diffedit_ray.dataset.scan import scan_manifest
 from diffedit_ray.diffusion.model import model_geometry
-from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Plan, Store, carried_fields, work_schema
+from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
+from diffedit_ray.pipeline.rows import carried_fields, work_schema
+from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Store
 from diffedit_ray.settings import EditSettings, JobSettings
 from tests.pipeline.rows import QUICK, picture, read, row, save_pictures
 from tests.services.proxy import Fault, FaultyProxy
@@ -173,6 +178,28 @@ class TestPlan:
     def test_every_row_has_its_settings(self, line: Line) -> None:
         (r,) = line.plan([row("square.png", guidance_scale=3.0, seed=9)]).to_pylist()
         assert (r["steps"], r["guidance_scale"], r["seed"], r["attempts"]) == (4, 3.0, 9, 1)
+
+    def test_pending_rows_are_planned_from_their_place_in_the_manifest(self, line: Line, tmp_path: Path) -> None:
+        rows = [row("square.png", f"query {i}", id=f"{i}", sku=i) for i in range(7)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet", row_group_size=3)
+        files = manifest_files(str(tmp_path / "m.parquet"))
+        schema = manifest_schema(files)
+        planner = RowPlanner(match_columns(schema, {}), QUICK, "r1", "png")
+        scan = scan_manifest(files, planner)
+        turns = np.array([0, 1, 3, 0, 0, 0, 2], np.int16)
+        spans = scan.pending_spans(turns)
+        assert len(spans) == 2
+        stage = PlanPending(Plan(planner, "model"), schema, turns, JobSettings())
+        table = stage(pa.Table.from_pylist(span_rows(spans)))
+        assert table.schema == work_schema(planner.columns)
+        assert [(r["id"], r["query"], r["sku"], r["attempts"], r["status"]) for r in table.to_pylist()] == [
+            ("1", "query 1", 1, 1, "pending"),
+            ("2", "query 2", 2, 3, "pending"),
+            ("6", "query 6", 6, 2, "pending"),
+        ]
+        assert stage(pa.Table.from_pylist(span_rows(spans)).slice(0, 0)).schema == table.schema
+        # it goes to every planning task
+        assert len(pickle.dumps(PlanPending(stage.plan, schema, None, JobSettings()))) < 20_000
 
     def test_an_empty_block_stays_one(self, line: Line) -> None:
         table = line.edited([row("square.png")])
