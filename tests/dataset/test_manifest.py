@@ -195,8 +195,13 @@ class TestFingerprintsStay:
     @pytest.mark.parametrize(
         ("settings", "revision", "image_format", "expected"),
         [
-            (EditSettings(), "r1", "png", FINGERPRINTS[0]),
-            (EditSettings(steps=20, seed=3, guidance_scale=5), "0123456789abcdef", "webp", FINGERPRINTS[1]),
+            (EditSettings(mask_clip=0.98), "r1", "png", FINGERPRINTS[0]),
+            (
+                EditSettings(steps=20, seed=3, guidance_scale=5, mask_clip=0.98),
+                "0123456789abcdef",
+                "webp",
+                FINGERPRINTS[1],
+            ),
         ],
     )
     def test_from_one_release_to_the_next(

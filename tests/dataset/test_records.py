@@ -124,6 +124,8 @@ def test_every_code_is_judged() -> None:
     assert set(ErrorCode) - records.PERMANENT == {
         ErrorCode.FORBIDDEN,
         ErrorCode.FETCH_FAILED,
+        ErrorCode.OUT_OF_MEMORY,
+        ErrorCode.WORKER_DIED,
         ErrorCode.TIMEOUT,
         ErrorCode.EDIT_FAILED,
         ErrorCode.STORE_FAILED,
