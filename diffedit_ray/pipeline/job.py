@@ -312,13 +312,18 @@ def _drain(
         for batch in batches:
             counts.update(batch["status"].to_pylist())
             summary.edited_now = sum(counts.values())
-            if lease.lost:
-                raise OutputError(
-                    f"another run has taken {summary.output} over, since this one had not renewed its lease in time; "
-                    "what it did until now is recorded"
-                )
+            _stop_if_lost(lease)
             if progress is not None:
                 progress(pending, counts)
+    _stop_if_lost(lease)  # merging, too, is for the run that has the output
+
+
+def _stop_if_lost(lease: Lease) -> None:
+    if lease.lost:
+        raise OutputError(
+            f"another run has taken {storage.shown(lease.output)} over, since this one had not renewed its lease in "
+            "time; what it did until now is recorded"
+        )
 
 
 def _reason(error: Exception) -> str:
