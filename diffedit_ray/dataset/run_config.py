@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from diffedit_ray.dataset import records
+from diffedit_ray.dataset import records, storage
 from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.errors import WrongOutputError
 from diffedit_ray.settings import EditSettings
@@ -30,9 +30,10 @@ def check_config(output: str, settings: EditSettings, model_revision: str, image
         WrongOutputError: The output was made with others; names each with both values.
         OutputError: Its configuration cannot be read.
     """
-    held = records.read_json(OutputLayout(output).config)
-    if held is None:
-        return
+    layout = OutputLayout(output)
+    held = records.read_json(layout.config)
+    if held is None or not storage.list_files(layout.records, ".parquet"):
+        return  # a first run that recorded nothing made nothing that another could mix with
     now = {**settings.model_dump(), "model_revision": model_revision, "image_format": image_format}
     before = {
         # a release with one setting more leaves outputs as they are, unless the setting is used
@@ -48,7 +49,7 @@ def check_config(output: str, settings: EditSettings, model_revision: str, image
     ]
     if differing:
         raise WrongOutputError(
-            f"{output} was made with other settings than these: {'; '.join(differing)}. "
+            f"{storage.shown(output)} was made with other settings than these: {'; '.join(differing)}. "
             "Use those, name another output, or start afresh with --overwrite"
         )
 

@@ -36,6 +36,7 @@ __all__ = [
     "join",
     "kind",
     "list_files",
+    "modified",
     "open_read",
     "parent",
     "read_bytes",
@@ -343,11 +344,12 @@ def modified(uri: str) -> float:
 
     Raises:
         MissingError: It is not there.
+        OutputError: It could not be found out.
     """
-    fs, path = filesystem(uri)
-    fs.invalidate_cache()  # as in list_files
-    try:
+
+    def look(fs: Any, path: str, left: float) -> float:
+        fs.invalidate_cache()
         written: datetime = fs.modified(path)
-    except FileNotFoundError:
-        raise MissingError(f"{uri} does not exist") from None
-    return written.timestamp()
+        return written.timestamp()
+
+    return _for_output("look at", "looked at", uri, look)

@@ -18,6 +18,7 @@ from diffedit_ray.dataset import storage
 from diffedit_ray.dataset.lease import Claim, Lease, current_claim
 from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.errors import OutputError
+from tests.services.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,11 +58,13 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield "memory://bucket/out"
         fsspec.filesystem("memory").store.clear()
     else:
-        try:
-            bucket = request.getfixturevalue("bucket")
-        except pytest.FixtureLookupError:
-            pytest.skip("needs the S3 fixture")
-        yield f"s3://{bucket}/out"
+        server: S3Server = request.getfixturevalue("s3")
+        with pytest.MonkeyPatch.context() as environment:  # which the subprocesses share
+            environment.setenv("AWS_ENDPOINT_URL", server.endpoint)
+            environment.setenv("AWS_ACCESS_KEY_ID", server.key)
+            environment.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
+            environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            yield f"s3://{server.make_bucket()}/out"
 
 
 def _claims(output: str) -> list[str]:

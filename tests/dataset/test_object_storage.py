@@ -19,7 +19,8 @@ import pytest
 import s3fs
 
 from diffedit_ray.dataset import records, storage
-from diffedit_ray.dataset.manifest import iterate_manifest, manifest_files, manifest_folder, manifest_schema
+from diffedit_ray.dataset.manifest import manifest_files, manifest_folder, manifest_schema
+from diffedit_ray.dataset.spans import iterate_spans
 from diffedit_ray.errors import ErrorCode, ForbiddenError, ManifestError, OutputError, RowError
 from tests.services.proxy import Fault, FaultyProxy, every
 from tests.services.s3 import S3Server
@@ -316,7 +317,7 @@ class TestCredentials:
         assert storage.read_bytes(image, max_bytes=10) == b"pixels"
         assert manifest_files(manifest) == [manifest]
         assert manifest_folder(manifest) == f"{s3.endpoint}/{bucket}/set"
-        assert pa.concat_tables(iterate_manifest([manifest], None)) == _table(5)
+        assert pa.concat_tables(table for _, table in iterate_spans([manifest], None)) == _table(5)
         error = _refused(image.replace("Signature=", "Signature=0"))
         assert error.code is ErrorCode.FORBIDDEN
         assert "Signature=***" in error.message
@@ -364,7 +365,7 @@ class TestManifest:
         for _ in range(3):
             assert manifest_files(uri) == [uri]
             assert manifest_schema([uri]).names == ["image_uri", "query"]
-            assert pa.concat_tables(iterate_manifest([uri], None)).combine_chunks() == table
+            assert pa.concat_tables(table for _, table in iterate_spans([uri], None)).combine_chunks() == table
         assert sum(proxy.injected.values()) >= 3
 
     def test_arrow_reads_it_through_faults_in_another_process(

@@ -10,6 +10,7 @@ from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.dataset.run_config import check_config, versions
 from diffedit_ray.errors import OutputError, WrongOutputError
 from diffedit_ray.settings import EditSettings, JobSettings
+from tests.dataset.outputs import record, write
 
 HELD = EditSettings(steps=20)
 
@@ -22,11 +23,19 @@ def _output(tmp_path: Path, **config: Any) -> str:
         **config,
     }
     records.write_json(OutputLayout(str(tmp_path)).config, told)
+    write(tmp_path, record("a"))
     return str(tmp_path)
 
 
 def test_an_output_without_a_run_may_be_used_by_any(tmp_path: Path) -> None:
     check_config(str(tmp_path / "none"), EditSettings(), "r1", "png")
+
+
+def test_a_run_that_recorded_nothing_holds_nobody_up(tmp_path: Path) -> None:
+    output = _output(tmp_path)
+    for file in (tmp_path / "records").iterdir():
+        file.unlink()
+    check_config(output, EditSettings(resolution=64), "r2", "webp")
 
 
 def test_a_run_with_the_same_settings_may_carry_on(tmp_path: Path) -> None:

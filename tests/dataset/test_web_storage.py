@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffedit_ray.dataset import storage
-from diffedit_ray.dataset.manifest import iterate_manifest, manifest_files, manifest_folder, manifest_schema
+from diffedit_ray.dataset.manifest import manifest_files, manifest_folder, manifest_schema
+from diffedit_ray.dataset.spans import iterate_spans
 from diffedit_ray.errors import ErrorCode, ManifestError, RowError
 from tests.services.proxy import Fault, FaultyProxy, every
 from tests.services.web import FileServer
@@ -130,7 +131,7 @@ class TestManifest:
         assert manifest_files(uri) == [uri]
         assert manifest_folder(uri) == f"{web_files.endpoint}/set"
         assert manifest_schema([uri]).names == ["image_uri", "query"]
-        assert pa.concat_tables(iterate_manifest([uri], None)) == table
+        assert pa.concat_tables(table for _, table in iterate_spans([uri], None)) == table
         assert {method for method, _ in web_files.requests} == {"GET"}, "the signature covers the method"
 
     def test_relative_images_are_beside_it(self, web_files: FileServer) -> None:
@@ -144,7 +145,7 @@ class TestManifest:
         table, web_files.files["/m.parquet"] = _manifest(30_000, 400)
         assert len(web_files.files["/m.parquet"]) > 10 << 20
         uri = f"{web_files.endpoint}/m.parquet"
-        assert pa.concat_tables(iterate_manifest([uri], None)).combine_chunks() == table
+        assert pa.concat_tables(table for _, table in iterate_spans([uri], None)).combine_chunks() == table
         assert {method for method, _ in web_files.requests} == {"GET"}
 
     @pytest.mark.parametrize("ranges", [True, False])
@@ -155,7 +156,12 @@ class TestManifest:
         table, web_files.files["/m.parquet"] = _manifest(30_000, 400)
         proxy.rates = every(*BROKEN, rate=0.3)
         for _ in range(4):
-            assert pa.concat_tables(iterate_manifest([f"{proxy.endpoint}/m.parquet"], None)).combine_chunks() == table
+            assert (
+                pa.concat_tables(
+                    table for _, table in iterate_spans([f"{proxy.endpoint}/m.parquet"], None)
+                ).combine_chunks()
+                == table
+            )
         assert sum(proxy.injected.values()) >= 3
 
     @pytest.mark.parametrize("ranges", [True, False])
