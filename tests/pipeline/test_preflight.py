@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from diffedit_ray.dataset import storage
 from diffedit_ray.dataset.identity import identity
 from diffedit_ray.errors import ModelError, PreflightError
 from diffedit_ray.pipeline.preflight import check_images, check_model, check_output
+from tests.services.s3 import S3Server
 
 
 def test_an_output_that_works_is_left_as_it_was(tmp_path: Path) -> None:
@@ -55,3 +59,37 @@ def test_identity_names_the_key_and_hides_it(monkeypatch: pytest.MonkeyPatch, tm
     assert "env" in said
     assert "IOSFODNN" not in said
     assert "secret" not in said
+
+
+@pytest.fixture
+def refused(s3: S3Server, bucket: str) -> Iterator[str]:
+    """A bucket, with a key that may not use it."""
+    if s3.kind == "moto":
+        pytest.skip("needs a server that checks credentials")
+    storage.configure({"s3": {**s3.options, "key": "AKIAWRONGWRONGNG1", "secret": "not the secret"}})
+    yield f"s3://{bucket}"
+    storage.configure({})
+
+
+def test_a_wrong_credential_is_told_at_once_and_as_whom(refused: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(PreflightError) as output:
+        check_output(f"{refused}/out")
+    with pytest.raises(PreflightError) as images:
+        check_images([f"{refused}/a.png", f"{refused}/b.png"], max_bytes=100)
+    assert time.monotonic() - began < 10
+    for said in (str(output.value), str(images.value)):
+        assert refused in said
+        assert "AKIA…GNG1" in said
+        assert "--storage-options" in said
+        assert "not the secret" not in said
+    assert "cannot write to the output" in str(output.value)
+
+
+def test_an_output_on_s3_is_left_as_it_was(s3: S3Server, bucket: str) -> None:
+    storage.configure({"s3": s3.options})
+    try:
+        check_output(f"s3://{bucket}/out")
+    finally:
+        storage.configure({})
+    assert s3.filesystem().find(bucket) == []
