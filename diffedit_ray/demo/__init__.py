@@ -23,7 +23,7 @@ def demo_model() -> Path:
 
 def demo_settings() -> EditSettings:
     """The settings that suit the embedded model; the demo's manifest carries them as columns."""
-    return EditSettings(mask_threshold=0.45, guidance_scale=5.0)
+    return EditSettings(mask_strength=0.6, mask_threshold=0.4, mask_grow=0, guidance_scale=5.0)
 
 
 def demo_manifest() -> Path:

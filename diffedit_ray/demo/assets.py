@@ -71,7 +71,9 @@ _MANIFEST = pa.schema(
         ("reference", pa.string()),
         ("query", pa.string()),
         ("mask_uri", pa.string()),
+        ("mask_strength", pa.float64()),
         ("mask_threshold", pa.float64()),
+        ("mask_grow", pa.int32()),
         ("guidance_scale", pa.float64()),
         ("purpose", pa.string()),
     ]
@@ -80,13 +82,13 @@ _MANIFEST = pa.schema(
 
 def _row(name: str, reference: str | None, query: str, purpose: str) -> dict[str, Any]:
     settings = demo_settings()
+    overridden = ("mask_strength", "mask_threshold", "mask_grow", "guidance_scale")
     return {
         "image_uri": f"images/{name}.png",
         "reference": reference,
         "query": query,
         "mask_uri": None,
-        "mask_threshold": settings.mask_threshold,
-        "guidance_scale": settings.guidance_scale,
+        **{name: getattr(settings, name) for name in overridden},
         "purpose": purpose,
     }
 

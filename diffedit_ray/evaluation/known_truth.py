@@ -14,7 +14,7 @@ from diffedit_ray.evaluation.judge import ObjectClassifier
 from diffedit_ray.evaluation.metrics import mask_iou, psnr, upsampled
 from diffedit_ray.settings import EditSettings
 
-THRESHOLDS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
+THRESHOLDS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from diffedit_ray.demo import demo_model
 from diffedit_ray.demo.scenes import KINDS, PLACES, caption
 from diffedit_ray.demo.training.autoencoder import linear_autoencoder, reconstruction_psnr
-from diffedit_ray.demo.training.denoiser import build_tokenizer, loss_weight
+from diffedit_ray.demo.training.denoiser import build_tokenizer, byte_pair_merges, loss_weight
 from diffedit_ray.demo.training.loop import Recipe, TrainingRun, train
 
 
@@ -84,6 +86,19 @@ def test_every_caption_word_is_one_token() -> None:
         for place in PLACES:
             text = caption([kind], place)
             assert len(tokenizer.tokenize(text)) == len(text.split())
+
+
+def test_every_process_numbers_tokens_alike() -> None:
+    program = (
+        "from diffedit_ray.demo.training.denoiser import build_tokenizer as t; print(sorted(t().get_vocab().items()))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(sorted(build_tokenizer().get_vocab().items()))
+
+
+def test_merges_go_by_frequency_then_by_the_alphabet() -> None:
+    assert byte_pair_merges(["aba", "ab"]) == [("b", "a</w>"), ("a", "ba</w>"), ("a", "b</w>")]
+    assert byte_pair_merges(["pepper", "pear", "a"])[0] == ("p", "e")
 
 
 def test_shipped_checkpoint_is_an_ordinary_one() -> None:

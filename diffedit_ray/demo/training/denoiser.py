@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -22,6 +22,7 @@ from diffedit_ray.diffusion.schedule import add_noise
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 16
+END_OF_WORD = "</w>"
 TEXT_WIDTH = 128
 CAPTION_DROPOUT = 0.12
 """Share of captions replaced by the empty one, for guidance and for ∅."""
@@ -31,23 +32,32 @@ SNR_LIMIT = 5.0
 """Both ends of the loss weight (`loss_weight`)."""
 
 
+def byte_pair_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """The merges that make one token of every word, most frequent pair first, ties by the alphabet.
+
+    The tokenizers package's own trainer breaks ties by chance, so that two processes of one
+    training would number their tokens differently.
+    """
+    pieces = [[*word[:-1], word[-1] + END_OF_WORD] for word in sorted(set(words))]
+    merges = []
+    while pairs := Counter(pair for piece in pieces for pair in itertools.pairwise(piece)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for piece in pieces:
+            for i in range(len(piece) - 1, 0, -1):
+                if tuple(piece[i - 1 : i + 1]) == best:
+                    piece[i - 1 : i + 1] = ["".join(best)]
+    return merges
+
+
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges make one token of every word a caption uses."""
     captions = [caption([kind], place) for kind in KINDS for place in PLACES]
-    captions += [f"{caption(['apple', 'pear'], place)}" for place in PLACES]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    captions += [caption(["apple", "pear"], place) for place in PLACES]
+    merges = byte_pair_merges(" ".join(captions).split())
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789,.'-"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    bpe.train_from_iterator([*captions, " ".join(letters)], trainer)
-    model = json.loads(bpe.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    tokens += [t + "</w>" for t in letters if t + "</w>" not in model["vocab"]]
-    vocab = {t: i for i, t in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    merges = [tuple(m) for m in model["merges"]]
+    tokens = [*letters, *(letter + END_OF_WORD for letter in letters), *("".join(pair) for pair in merges)]
+    vocab = {t: i for i, t in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
@@ -137,10 +147,10 @@ def train_denoiser(
     """
     device = run.device
     torch.manual_seed(run.seed + 1)
-    tokenizer = build_tokenizer()
+    trained = None if run.warm_start is None else LatentDiffusionModel.load(run.warm_start, device="cpu")
+    tokenizer = build_tokenizer() if trained is None else trained.tokenizer
     network = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
-    if run.warm_start is not None:
-        trained = LatentDiffusionModel.load(run.warm_start, device="cpu")
+    if trained is not None:
         network["unet"].load_state_dict(trained.unet.state_dict())
         network["text_encoder"].load_state_dict(trained.text_encoder.state_dict())
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
