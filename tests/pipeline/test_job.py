@@ -377,8 +377,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_with_one_line(
     manifest: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_folder, tmp_path / "model")
-    for weights in (tmp_path / "model" / "unet").glob("*.safetensors"):
-        weights.write_bytes(weights.read_bytes()[:1000])
+    shape = tmp_path / "model" / "unet" / "config.json"  # whole files, but of another network
+    shape.write_text(json.dumps({**json.loads(shape.read_text()), "cross_attention_dim": 48}))
     with pytest.raises(DiffEditError, match="cannot load the checkpoint") as caught:
         run_edit_job(manifest, tmp_path / "out", model=tmp_path / "model", settings=QUICK)
     assert "\n" not in str(caught.value)
