@@ -193,8 +193,8 @@ class Lease:
             self._lose()
 
     def _lose(self) -> None:
-        self.lost = True
         logger.warning("another run has taken %s over: this one had not renewed its lease in time", self.output)
+        self.lost = True
 
 
 def current_claim(output: str, *, seconds: float = LEASE_SECONDS) -> Claim | None:
