@@ -12,6 +12,7 @@ from PIL import Image
 from diffedit_ray.demo import demo_settings
 from diffedit_ray.demo.edits import HELD_OUT, known_edit
 from diffedit_ray.demo.scenes import Scene, caption, draw_scene
+from diffedit_ray.settings import EditSettings
 
 _CHOSEN = (
     (("horse",), "grass", 0, ("zebra", "cow", "lion", "panda", "fox")),
@@ -82,13 +83,12 @@ _MANIFEST = pa.schema(
 
 def _row(name: str, reference: str | None, query: str, purpose: str) -> dict[str, Any]:
     settings = demo_settings()
-    overridden = ("mask_strength", "mask_threshold", "mask_grow", "guidance_scale")
     return {
         "image_uri": f"images/{name}.png",
         "reference": reference,
         "query": query,
         "mask_uri": None,
-        **{name: getattr(settings, name) for name in overridden},
+        **{name: getattr(settings, name) for name in _MANIFEST.names if name in EditSettings.model_fields},
         "purpose": purpose,
     }
 

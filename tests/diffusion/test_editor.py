@@ -267,13 +267,14 @@ def test_outside_a_drawn_mask_every_pixel_is_the_originals(editor: DiffEditor, c
 
 
 def test_outside_the_found_mask_every_pixel_is_the_originals(editor: DiffEditor) -> None:
-    # a high threshold, so that an outside is left
+    # a high threshold, so that an outside is left (how much, with random weights, is the CPU's)
     image = smooth_image(100, 70)
     settings = SHORT.with_overrides({"mask_threshold": 0.9})
     result = editor.edit([image], [HORSE], [ZEBRA], [0], settings=settings)
     outside = result.masks[0] == 0
     assert result.masks[0].shape == (70, 100)
-    assert 0.1 < outside.mean() < 1
+    assert outside.any()
+    assert not outside.all()
     assert np.array_equal(result.images[0][outside], image[outside])
 
 

@@ -49,6 +49,7 @@ def test_one_hot_cell_in_one_map_does_not_set_the_scale() -> None:
     assert torch.equal(average_contrast(maps), maps[0])
     soft = rescale(clip_extremes(average_contrast(maps), 0.5))
     assert torch.equal(binarise(soft, 0.5), maps[0] > 0)
+    assert binarise(rescale(clip_extremes(maps.mean(0), 0.0)), 0.5).sum() == 1
 
 
 def test_average_is_over_the_maps_alone_and_leaves_out_the_highest_fifth() -> None:
