@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffedit_ray.dataset.status import RunStatus, failures, status
-    from diffedit_ray.diffusion.editor import DiffEditor, EditResult
+    from diffedit_ray.diffusion.editor import DiffEditor
     from diffedit_ray.diffusion.model import LatentDiffusionModel
+    from diffedit_ray.diffusion.result import EditResult
     from diffedit_ray.errors import DiffEditError
     from diffedit_ray.pipeline.job import edit_dataset, run_edit_job
     from diffedit_ray.pipeline.summary import JobSummary

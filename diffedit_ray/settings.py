@@ -49,7 +49,14 @@ class StorageOptions(Secret[dict[str, dict[str, Any]]]):
 class EditSettings(_Settings):
     """How one image is edited. Every field can also be a manifest column, for that row alone."""
 
-    steps: int = Field(50, ge=2, le=1000, description="Steps of the DDIM grid over the whole noise range (paper: 50).")
+    solver: Literal["ddim", "dpm++"] = Field(
+        "ddim",
+        description="ddim is the paper's. dpm++ (DPM-Solver++, second order, and its inverse) needs fewer than half "
+        "the steps; docs/performance.md says what that costs in quality.",
+    )
+    steps: int = Field(
+        50, ge=2, le=1000, description="Steps of the time grid over the whole noise range (paper: 50; dpm++: 20 to 25)."
+    )
     encoding_ratio: float = Field(
         0.8,
         gt=0,

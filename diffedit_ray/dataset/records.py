@@ -31,6 +31,7 @@ EDITED, UNCHANGED, FAILED = "edited", "unchanged", "failed"
 STATUSES = (EDITED, UNCHANGED, FAILED)
 
 _SETTING_TYPES = {
+    "solver": pa.string(),
     "steps": pa.int32(),
     "mask_maps": pa.int32(),
     "mask_grow": pa.int32(),

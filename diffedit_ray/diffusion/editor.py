@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from diffedit_ray.diffusion.estimator import Estimator
 from diffedit_ray.diffusion.framing import finish, fit, frame_for, latent_mask_from, over_white, pixel_alpha
-from diffedit_ray.diffusion.mask import average_contrast, binarise, clip_extremes, noise_contrast, rescale, significance
+from diffedit_ray.diffusion.mask import mask_from, noise_contrast
 from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.diffusion.noise import row_noise
-from diffedit_ray.diffusion.schedule import add_noise
+from diffedit_ray.diffusion.result import EditResult, LatentEdit
+from diffedit_ray.diffusion.schedule import add_noise, grid_index
+from diffedit_ray.diffusion.solver import Solver
 from diffedit_ray.settings import EditSettings
 
 logger = logging.getLogger(__name__)
@@ -26,49 +30,21 @@ logger = logging.getLogger(__name__)
 ImageLike = Image.Image | NDArray[np.uint8]
 
 
-@dataclass
-class LatentEdit:
-    """What the three steps give for a batch at the model's own size.
+@dataclass(frozen=True)
+class Path:
+    """One picture's way from the clean image towards noise.
 
     Attributes:
-        pixels: (B, 3, H, W) uint8, the decoded edit; the input itself where the mask is empty.
-        contrast: (B, h, w) float32 in [0, 1]; the mask itself where one was given.
-        mask: (B, h, w) bool.
-        significance: (B,) float32, the contrast's F ratio; NaN where a mask was given.
-        seconds: Spent in "mask", "encode" and "decode", for the whole batch.
+        times: Training times, `CLEAN` first.
+        latents: x_t at each of them, (C, h, w).
     """
 
-    pixels: Tensor
-    contrast: Tensor
-    mask: Tensor
-    significance: Tensor
-    seconds: dict[str, float] = field(default_factory=dict)
+    times: list[int]
+    latents: list[Tensor]
 
-
-@dataclass
-class EditResult:
-    """Edited images at their own sizes, row by row.
-
-    Attributes:
-        images: (H, W, 3) or, if alpha came in, (H, W, 4) uint8.
-        masks: (H, W) uint8; 255 = edited, 0 = the original's own pixel.
-        contrasts: (h, w) float32 in [0, 1], the soft contrast in latent cells.
-        latent_masks: (h, w) bool, the mask that guided decoding.
-        significance: The contrast's F ratio (`mask.significance`).
-        seconds: Spent in "mask", "encode" and "decode", for the whole batch.
-    """
-
-    images: list[NDArray[np.uint8]]
-    masks: list[NDArray[np.uint8]]
-    contrasts: list[NDArray[np.float32]]
-    latent_masks: list[NDArray[np.bool_]]
-    significance: list[float]
-    seconds: dict[str, float]
-
-    @property
-    def unchanged(self) -> list[bool]:
-        """Rows whose mask is empty: the texts do not disagree about the image."""
-        return [not mask.any() for mask in self.latent_masks]
+    def up_to(self, steps: int) -> Path:
+        """Its first `steps` steps: a lower encoding ratio is a prefix of a higher one."""
+        return Path(self.times[: steps + 1], self.latents[: steps + 1])
 
 
 class DiffEditor:
@@ -106,8 +82,7 @@ class DiffEditor:
     ) -> None:
         self.model = model
         self.settings = settings or EditSettings()
-        # in batches of other sizes than a power of two, some kernels round by a sample's place in the batch
-        self.unet_batch = 1 << (unet_batch - 1).bit_length() if reproducible else unet_batch
+        self.estimate = Estimator(model, unet_batch, reproducible)
         self.reproducible = reproducible
         self.batch_limit: int | None = None
 
@@ -119,9 +94,9 @@ class DiffEditor:
         seeds: Sequence[int],
         *,
         masks: Sequence[NDArray[np.uint8] | None] | None = None,
-        settings: EditSettings | None = None,
+        settings: EditSettings | Sequence[EditSettings] | None = None,
     ) -> EditResult:
-        """Edit images of any sizes.
+        """Edit images of any sizes. Rows that show the same image share what depends on it alone.
 
         Args:
             images: PIL images or (H, W, 3 or 4) uint8 arrays. Alpha is kept and the model sees white behind it.
@@ -129,40 +104,45 @@ class DiffEditor:
             queries: What each should show.
             seeds: Each row's seed.
             masks: For each row a hand-drawn (H, W) uint8 mask, 255 = edit, or none to find one.
-            settings: Instead of the editor's own.
+            settings: Instead of the editor's own: for all rows, or one for each.
 
         Raises:
             ValueError: The arguments differ in length, or an image or mask has another shape or type.
         """
-        settings = settings or self.settings
         masks = masks if masks is not None else [None] * len(images)
-        lengths = {len(images), len(references), len(queries), len(seeds), len(masks)}
+        each = self._settings(settings, len(images))
+        lengths = {len(images), len(references), len(queries), len(seeds), len(masks), len(each)}
         if len(lengths) != 1:
-            raise ValueError("images, references, queries, seeds and masks must have one entry a row each")
+            raise ValueError("images, references, queries, seeds, masks and settings must have one entry a row each")
         originals = [_as_array(image) for image in images]
-        frames = [frame_for(o.shape[1], o.shape[0], self.model.geometry, settings.resolution) for o in originals]
+        frames = [
+            frame_for(o.shape[1], o.shape[0], self.model.geometry, s.resolution)
+            for o, s in zip(originals, each, strict=True)
+        ]
         for original, drawn in zip(originals, masks, strict=True):
             if drawn is not None and (drawn.shape != original.shape[:2] or drawn.dtype != np.uint8):
                 raise ValueError(
                     f"a {drawn.dtype} mask of shape {drawn.shape} for an image of shape {original.shape[:2]}; "
                     "a mask must be (H, W) uint8, 255 = edit"
                 )
-        groups: dict[tuple[int, int, bool], list[int]] = {}
+        sizes: dict[tuple[int, int], list[int]] = {}
         for i, frame in enumerate(frames):
-            groups.setdefault((frame.model_height, frame.model_width, masks[i] is not None), []).append(i)
+            sizes.setdefault((frame.model_height, frame.model_width), []).append(i)
         rows: dict[int, tuple[LatentEdit, int]] = {}
         seconds: dict[str, float] = {}
-        for (_, _, drawn_masks), members in groups.items():
+        for members in sizes.values():
             fitted = np.stack([fit(over_white(originals[i]), frames[i]) for i in members])
-            given = [latent_mask_from(m, frames[i]) for i in members if (m := masks[i]) is not None]
             edit = self.edit_fitted(
                 torch.from_numpy(fitted).permute(0, 3, 1, 2),
                 [references[i] for i in members],
                 [queries[i] for i in members],
                 [seeds[i] for i in members],
-                masks=torch.from_numpy(np.stack(given)) if drawn_masks else None,
+                masks=[
+                    None if (m := masks[i]) is None else torch.from_numpy(latent_mask_from(m, frames[i]))
+                    for i in members
+                ],
                 content=torch.from_numpy(np.stack([frames[i].content_cells for i in members])),
-                settings=settings,
+                settings=[each[i] for i in members],
             )
             rows.update((i, (edit, j)) for j, i in enumerate(members))
             for name, spent in edit.seconds.items():
@@ -172,9 +152,9 @@ class DiffEditor:
             edit, j = rows[i]
             latent_mask = edit.mask[j].numpy()
             drawn = masks[i]
-            alpha = drawn if drawn is not None else pixel_alpha(latent_mask, frame, settings.mask_grow)
+            alpha = drawn if drawn is not None else pixel_alpha(latent_mask, frame, each[i].mask_grow)
             edited = edit.pixels[j].permute(1, 2, 0).numpy()
-            result.images.append(finish(original, edited, alpha, frame, composite=settings.composite))
+            result.images.append(finish(original, edited, alpha, frame, composite=each[i].composite))
             result.masks.append(alpha)
             result.contrasts.append(edit.contrast[j].numpy())
             result.latent_masks.append(latent_mask)
@@ -188,9 +168,9 @@ class DiffEditor:
         queries: Sequence[str],
         seeds: Sequence[int],
         *,
-        masks: Tensor | None = None,
+        masks: Sequence[Tensor | None] | None = None,
         content: Tensor | None = None,
-        settings: EditSettings | None = None,
+        settings: EditSettings | Sequence[EditSettings] | None = None,
     ) -> LatentEdit:
         """The three steps on a batch already at a size the model accepts.
 
@@ -199,14 +179,15 @@ class DiffEditor:
             references: As `edit`.
             queries: As `edit`.
             seeds: As `edit`.
-            masks: (B, h, w) bool latent masks that replace step 1.
+            masks: For each row an (h, w) bool latent mask that replaces step 1, or none.
             content: (B, h, w) bool, the cells that are not padding; none is all of them.
-            settings: Instead of the editor's own.
+            settings: As `edit`.
 
         Raises:
             torch.OutOfMemoryError: One row alone does not fit into memory.
         """
-        s = settings or self.settings
+        masks = masks if masks is not None else [None] * len(pixels)
+        each = self._settings(settings, len(pixels))
         edits: list[LatentEdit] = []
         done = 0
         while done < len(pixels) or not edits:
@@ -218,26 +199,27 @@ class DiffEditor:
                         references[part],
                         queries[part],
                         seeds[part],
-                        None if masks is None else masks[part],
+                        masks[part],
                         None if content is None else content[part],
-                        s,
+                        each[part],
                     )
                 )
             except torch.OutOfMemoryError:
                 self._use_less_memory(len(pixels[part]))
                 continue
             done = part.stop
-        return _joined(edits)
+        return LatentEdit.joined(edits)
 
     def _use_less_memory(self, rows: int) -> None:
         """Called while memory has run out over `rows` rows: halve the batch, then what the UNet sees at once."""
+        estimate = self.estimate
         if rows > 1:
             self.batch_limit = rows // 2
-        elif self.unet_batch > 1 and not self.reproducible:
-            self.unet_batch //= 2
+        elif estimate.unet_batch > 1 and not self.reproducible:
+            estimate.unet_batch //= 2
         else:
             raise
-        logger.warning("out of memory with %d rows: now %s, UNet batch %d", rows, self.batch_limit, self.unet_batch)
+        logger.warning("out of memory with %d rows: now %s, UNet batch %d", rows, self.batch_limit, estimate.unet_batch)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -248,34 +230,60 @@ class DiffEditor:
         references: Sequence[str | None],
         queries: Sequence[str],
         seeds: Sequence[int],
-        masks: Tensor | None,
+        masks: Sequence[Tensor | None],
         content: Tensor | None,
-        s: EditSettings,
+        settings: Sequence[EditSettings],
     ) -> LatentEdit:
         clock = time.perf_counter
         began = clock()
         whole = 1 if self.reproducible else max(1, len(pixels))
-        x0 = torch.cat([self.model.encode_images(part.float() / 127.5 - 1) for part in torch.split(pixels, whole)])
-        if masks is None:
-            contrast, mask, f_ratio = self.find_masks(x0, references, queries, seeds, s)
-        else:
-            mask, contrast = masks, masks.float()
-            f_ratio = torch.full((len(pixels),), torch.nan)
+        pictures, first = _distinct(pixels)
+        x0 = torch.cat(
+            [self.model.encode_images(part.float() / 127.5 - 1) for part in torch.split(pixels[first], whole)]
+        )
+        contrast, mask, f_ratio = self._masks(x0, pictures, references, queries, seeds, masks, settings)
         if content is not None:
             mask = mask & content
         masked = clock()
         edited = pixels.clone()
-        rows = mask.flatten(1).any(1).nonzero().flatten()
+        rows = mask.flatten(1).any(1).nonzero().flatten().tolist()
         encoded = decoded = masked
-        if len(rows):
-            path = self.encode(x0[rows.to(x0.device)], s)
+        if rows:
+            paths = self._paths(x0, [pictures[i] for i in rows], [settings[i] for i in rows])
             encoded = clock()
-            y0 = self.decode(path, mask[rows], [queries[int(i)] for i in rows], s)
+            y0 = self.decode(paths, mask[rows], [queries[i] for i in rows], [settings[i] for i in rows])
             decoded_parts = [self.model.decode_latents(part) for part in torch.split(y0, whole)]
             edited[rows] = ((torch.cat(decoded_parts) + 1) * 127.5).round().to(torch.uint8).cpu()
             decoded = clock()
         seconds = {"mask": masked - began, "encode": encoded - masked, "decode": decoded - encoded}
         return LatentEdit(edited, contrast, mask, f_ratio, seconds)
+
+    def _masks(
+        self,
+        x0: Tensor,
+        pictures: Sequence[int],
+        references: Sequence[str | None],
+        queries: Sequence[str],
+        seeds: Sequence[int],
+        masks: Sequence[Tensor | None],
+        settings: Sequence[EditSettings],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `find_masks`; of rows that bring a mask, that mask."""
+        drawn = {i: m for i, m in enumerate(masks) if m is not None}
+        others = [i for i in range(len(masks)) if i not in drawn]
+        mask = torch.zeros(len(masks), *x0.shape[2:], dtype=torch.bool)
+        for i, m in drawn.items():
+            mask[i] = m
+        contrast, f_ratio = mask.float(), torch.full((len(masks),), torch.nan)
+        contrast[others], mask[others], f_ratio[others] = self.find_masks(
+            x0,
+            [references[i] for i in others],
+            [queries[i] for i in others],
+            [seeds[i] for i in others],
+            [settings[i] for i in others],
+            pictures=[pictures[i] for i in others],
+        )
+        return contrast, mask, f_ratio
 
     def find_masks(
         self,
@@ -283,81 +291,139 @@ class DiffEditor:
         references: Sequence[str | None],
         queries: Sequence[str],
         seeds: Sequence[int],
-        s: EditSettings,
+        settings: EditSettings | Sequence[EditSettings],
+        pictures: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Step 1 (section 3.2): contrast (B, h, w) in [0, 1], mask (B, h, w), F ratio (B,), all on the CPU.
 
-        Both texts see the same noise; no guidance here, it would only scale the contrast.
+        Both texts see the same noise; no guidance here, it would only scale the contrast. What a text makes of
+        a picture under a seed's noise is estimated once, however many rows ask for it.
+
+        Args:
+            x0: (P, C, h, w) latents.
+            references, queries, seeds, settings: Of B rows.
+            pictures: Which latent each row edits; none is each its own.
         """
-        b, n = len(x0), s.mask_maps
-        contrast = torch.zeros(b, n, *x0.shape[2:])
-        texts = [(reference or "", query) for reference, query in zip(references, queries, strict=True)]
-        rows = [i for i in range(b) if texts[i][0] != texts[i][1]]
-        if rows:
-            t = self.model.schedule.time_at(s.steps, s.mask_strength)
-            z = torch.stack([row_noise(seeds[i], n, x0.shape[1:]) for i in rows]).to(x0.device)
-            x_t = add_noise(x0[rows][:, None], z, self.model.schedule.alpha(t).to(x0.device)).flatten(0, 1)
-            reference = self._embed([texts[i][0] for i in rows]).repeat_interleave(n, 0)
-            query = self._embed([texts[i][1] for i in rows]).repeat_interleave(n, 0)
-            d = noise_contrast(self._predict(x_t, t, query), self._predict(x_t, t, reference))
-            contrast[rows] = d.reshape(len(rows), n, *d.shape[1:]).cpu()
-        f_ratio = significance(contrast)
-        soft = rescale(clip_extremes(average_contrast(contrast), s.mask_clip))
-        mask = binarise(soft, s.mask_threshold) & (f_ratio >= s.mask_significance)[:, None, None]
+        schedule, each = self.model.schedule, self._settings(settings, len(queries))
+        pictures = pictures if pictures is not None else range(len(queries))
+        noised: dict[tuple[int, int, int], int] = {}
+        wanted: dict[tuple[tuple[int, int, int], str], int] = {}
+        asked = []
+        for picture, reference, query, seed, s in zip(pictures, references, queries, seeds, each, strict=True):
+            place = (picture, seed, schedule.time_at(s.steps, s.mask_strength))
+            pair = [(place, query), (place, reference or "")]
+            asked.append(pair)
+            if query != (reference or ""):
+                noised[place] = max(s.mask_maps, noised.get(place, 0))
+                wanted.update({key: max(s.mask_maps, wanted.get(key, 0)) for key in pair})
+        x_t = {
+            (picture, seed, t): add_noise(
+                x0[picture], row_noise(seed, n, x0.shape[1:]).to(x0.device), schedule.alpha(t).to(x0.device)
+            )
+            for (picture, seed, t), n in noised.items()
+        }
+        estimates: dict[Any, Tensor] = {}
+        if wanted:
+            outputs = self.estimate(
+                torch.cat([x_t[place][:n] for (place, _), n in wanted.items()]),
+                [place[2] for (place, _), n in wanted.items() for _ in range(n)],
+                [text for (_, text), n in wanted.items() for _ in range(n)],
+            )
+            estimates.update(zip(wanted, torch.split(outputs, list(wanted.values())), strict=True))
+        found = []
+        for (query_key, reference_key), s in zip(asked, each, strict=True):
+            d = torch.zeros(s.mask_maps, *x0.shape[2:])
+            if query_key != reference_key:
+                d = noise_contrast(estimates[query_key][: s.mask_maps], estimates[reference_key][: s.mask_maps]).cpu()
+            found.append(mask_from(d, s))
+        if not found:
+            return torch.zeros(0, *x0.shape[2:]), torch.zeros(0, *x0.shape[2:], dtype=torch.bool), torch.zeros(0)
+        soft, mask, f_ratio = (torch.stack(kind) for kind in zip(*found, strict=True))
         return soft, mask, f_ratio
 
-    def encode(self, x0: Tensor, s: EditSettings) -> list[tuple[int, Tensor]]:
-        """Step 2 (section 3.2): DDIM encoding under ∅ up to ratio r; (time, x_t) from the clean image up."""
-        empty = self.model.embed_prompts([""]).expand(len(x0), -1, -1)
-        times = self.model.schedule.path(s.steps, s.encoding_ratio)
-        x, path = x0, [(times[0], x0)]
-        for start, end in itertools.pairwise(times):
+    def _paths(self, x0: Tensor, pictures: Sequence[int], settings: Sequence[EditSettings]) -> list[Path]:
+        """Each row's path; rows of one picture share the longest of theirs."""
+        longest: dict[tuple[int, int, str], EditSettings] = {}
+        keys = [(picture, s.steps, s.solver) for picture, s in zip(pictures, settings, strict=True)]
+        for key, s in zip(keys, settings, strict=True):
+            if key not in longest or s.encoding_ratio > longest[key].encoding_ratio:
+                longest[key] = s
+        walked = self.encode(x0[[picture for picture, _, _ in longest]], list(longest.values()))
+        shared = dict(zip(longest, walked, strict=True))
+        return [shared[key].up_to(grid_index(s.steps, s.encoding_ratio)) for key, s in zip(keys, settings, strict=True)]
+
+    def encode(self, x0: Tensor, settings: EditSettings | Sequence[EditSettings]) -> list[Path]:
+        """Step 2 (section 3.2): DDIM encoding of (B, C, h, w) latents under ∅ up to ratio r."""
+        each = self._settings(settings, len(x0))
+        solver = Solver(self.model.schedule, [s.solver for s in each])
+        grids = [self.model.schedule.path(s.steps, s.encoding_ratio) for s in each]
+        paths = [Path([], [x]) for x in x0]
+        for k in range(1, max(map(len, grids))):
+            rows = [i for i, times in enumerate(grids) if k < len(times)]
+            start, end = [grids[i][k - 1] for i in rows], [grids[i][k] for i in rows]
+            x = torch.stack([paths[i].latents[-1] for i in rows])
             # the estimate is taken at the time stepped to, the one decoding will step from: the two mirror each other
-            x = self.model.schedule.step(x, self._predict(x, end, empty), start, end)
-            path.append((end, x))
-        return path
+            x = solver.step(rows, x, self.estimate(x, end, [""] * len(rows)), start, end)
+            for i, x_t in zip(rows, x, strict=True):
+                paths[i].latents.append(x_t)
+        return [Path(times, path.latents) for times, path in zip(grids, paths, strict=True)]
 
     def decode(
-        self, path: Sequence[tuple[int, Tensor]], mask: Tensor, queries: Sequence[str], s: EditSettings
+        self,
+        paths: Sequence[Path],
+        mask: Tensor,
+        queries: Sequence[str],
+        settings: EditSettings | Sequence[EditSettings],
     ) -> Tensor:
-        """Step 3 (section 3.2, eq. 3): decode with the query; outside the mask, x_t at the same t, down to x0."""
-        query = self._embed(queries)
-        empty = self.model.embed_prompts([""]).expand_as(query)
-        start, y = path[-1]
-        m = mask[:, None].to(y.device, y.dtype)
-        for end, x in reversed(path[:-1]):
-            output = self._predict(y, start, query)
-            if s.guidance_scale != 1:
-                unconditional = self._predict(y, start, empty)
-                output = unconditional + s.guidance_scale * (output - unconditional)
-            y = self.model.schedule.step(y, output, start, end)
-            y = m * y + (1 - m) * x
-            start = end
-        return y
+        """Step 3 (section 3.2, eq. 3): decode with the query; outside the mask, x_t at the same t, down to x0.
 
-    def _predict(self, x: Tensor, t: int, embeddings: Tensor) -> Tensor:
-        """The UNet over a batch of any length, `unet_batch` at a time."""
-        size, n = self.unet_batch, len(x)
-        x = x.contiguous()  # kernels, and so rounding, follow the layout, which slicing may have changed
-        if self.reproducible and n % size:
-            missing = size - n % size
-            x, embeddings = (torch.cat([y, y[:1].expand(missing, *y.shape[1:])]) for y in (x, embeddings))
-        parts = zip(torch.split(x, size), torch.split(embeddings, size), strict=True)
-        return torch.cat([self.model.predict(latents, t, texts) for latents, texts in parts])[:n]
+        Args:
+            paths: Of B rows, which may differ in length; a row that has arrived costs nothing more.
+            mask: (B, h, w) bool.
+            queries, settings: Of the rows.
+        """
+        each = self._settings(settings, len(paths))
+        solver = Solver(self.model.schedule, [s.solver for s in each])
+        y = [path.latents[-1] for path in paths]
+        m = mask[:, None].to(y[0].device, y[0].dtype)
+        for k in range(1, max(len(path.times) for path in paths)):
+            rows = [i for i, path in enumerate(paths) if k < len(path.times)]
+            start, end = [paths[i].times[-k] for i in rows], [paths[i].times[-k - 1] for i in rows]
+            y_t, x_t = torch.stack([y[i] for i in rows]), torch.stack([paths[i].latents[-k - 1] for i in rows])
+            output = self._guided(y_t, start, [queries[i] for i in rows], [each[i].guidance_scale for i in rows])
+            y_t = solver.step(rows, y_t, output, start, end)
+            y_t = m[rows] * y_t + (1 - m[rows]) * x_t
+            for i, y_i in zip(rows, y_t, strict=True):
+                y[i] = y_i
+        return torch.stack(y)
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        if self.reproducible:
-            return torch.cat([self.model.embed_prompts([text]) for text in texts])
-        return self.model.embed_prompts(texts)
+    def _guided(self, y: Tensor, times: Sequence[int], queries: Sequence[str], scales: Sequence[float]) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022, eq. 6); a scale of 1 is none and costs nothing."""
+        guided = [j for j, scale in enumerate(scales) if scale != 1]
+        texts = [*queries, *[""] * len(guided)]
+        outputs = self.estimate(torch.cat([y, y[guided]]), [*times, *(times[j] for j in guided)], texts)
+        query = outputs[: len(y)]
+        empty = query.clone()
+        empty[guided] = outputs[len(y) :]
+        return empty + torch.tensor(scales, device=y.device)[:, None, None, None] * (query - empty)
+
+    def _settings(self, given: EditSettings | Sequence[EditSettings] | None, rows: int) -> list[EditSettings]:
+        """One a row."""
+        return [given or self.settings] * rows if given is None or isinstance(given, EditSettings) else list(given)
 
 
-def _joined(edits: Sequence[LatentEdit]) -> LatentEdit:
-    """The parts of one batch as one."""
-    if len(edits) == 1:
-        return edits[0]
-    whole = {name: torch.cat([getattr(e, name) for e in edits]) for name in ("pixels", "contrast", "mask")}
-    seconds = {step: sum(e.seconds[step] for e in edits) for step in edits[0].seconds}
-    return LatentEdit(**whole, significance=torch.cat([e.significance for e in edits]), seconds=seconds)
+def _distinct(pixels: Tensor) -> tuple[list[int], list[int]]:
+    """Which picture each row of a batch shows, and the first row that shows each."""
+    seen: dict[bytes, int] = {}
+    pictures: list[int] = []
+    first: list[int] = []
+    for i, row in enumerate(pixels):
+        key = hashlib.blake2b(row.contiguous().numpy().data, digest_size=16).digest()
+        if key not in seen:
+            seen[key] = len(first)
+            first.append(i)
+        pictures.append(seen[key])
+    return pictures, first
 
 
 def _as_array(image: ImageLike) -> NDArray[np.uint8]:

@@ -9,6 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffedit_ray.settings import EditSettings
+
+
+def mask_from(contrast: Tensor, settings: EditSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """All that follows the estimates, for one image: (n, h, w) contrasts -> contrast and mask (h, w), F ratio ()."""
+    f_ratio = significance(contrast)
+    soft = rescale(clip_extremes(average_contrast(contrast), settings.mask_clip))
+    return soft, binarise(soft, settings.mask_threshold) & (f_ratio >= settings.mask_significance), f_ratio
+
 
 def noise_contrast(query: Tensor, reference: Tensor) -> Tensor:
     """|ε(query) − ε(reference)| averaged over channels: (..., C, h, w) -> (..., h, w)."""

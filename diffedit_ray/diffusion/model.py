@@ -252,9 +252,9 @@ class LatentDiffusionModel:
         return embeddings
 
     @torch.inference_mode()
-    def predict(self, latents: Tensor, time: int, embeddings: Tensor) -> Tensor:
-        """The UNet's raw output: (B, C, h, w), one time for all, (B, tokens, width) -> (B, C, h, w) float32."""
+    def predict(self, latents: Tensor, time: int | Tensor, embeddings: Tensor) -> Tensor:
+        """The UNet's raw output, (B, C, h, w) float32, at one time or (B,) of them under (B, tokens, width)."""
         # a time before the grid's first means the clean image, which the network knows as its first time
-        times = torch.full((len(latents),), max(time, 0), device=self.device, dtype=torch.long)
+        times = torch.as_tensor(time, device=self.device).clamp_min(0).expand(len(latents))
         output: Tensor = self.unet(latents.to(self.dtype), times, embeddings).sample
         return output.float()

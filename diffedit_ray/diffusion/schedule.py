@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +91,10 @@ class NoiseSchedule:
             grid = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long()
         return grid.clamp(0, total - 1)
 
-    def alpha(self, time: int) -> Tensor:
-        """ᾱ at a training time, or of the clean image at `CLEAN`: a 0-d float32 tensor."""
-        return self.clean_alpha if time == CLEAN else self.alphas[time]
+    def alpha(self, time: int | Sequence[int]) -> Tensor:
+        """ᾱ at a training time, or of the clean image at `CLEAN`: float32, 0-d; (B, 1, 1, 1) for B times."""
+        table = torch.cat([self.alphas, self.clean_alpha.reshape(1)])  # CLEAN, which is -1, finds the last
+        return table[time] if isinstance(time, int) else table[list(time)][:, None, None, None]
 
     def path(self, steps: int, ratio: float) -> list[int]:
         """`CLEAN` and then the grid's times up to `ratio` of it: what encoding walks up and decoding down."""
@@ -103,11 +104,19 @@ class NoiseSchedule:
         """The training time at a noise strength: 0.5 on Stable Diffusion's 50-step grid is t = 481."""
         return int(self.timesteps(steps)[grid_index(steps, strength) - 1])
 
-    def step(self, x: Tensor, output: Tensor, start: int, end: int) -> Tensor:
-        """Move `x` from time `start` to time `end` along the network's `output` for it."""
-        alpha_from, alpha_to = self.alpha(start).to(x.device), self.alpha(end).to(x.device)
-        estimate = (output.float(), x, alpha_from, self.prediction_type)
-        return deterministic_step(image_from(*estimate), epsilon_from(*estimate), alpha_to)
+    def estimates(self, x: Tensor, output: Tensor, time: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The clean image and the noise that the network's `output` sees in `x`."""
+        alpha = self.alpha(time).to(x.device)
+        estimate = (output.float(), x, alpha, self.prediction_type)
+        return image_from(*estimate), epsilon_from(*estimate)
+
+    def mix(self, image: Tensor, epsilon: Tensor, time: int | Sequence[int]) -> Tensor:
+        """An image and noise as they are mixed at `time`."""
+        return deterministic_step(image, epsilon, self.alpha(time).to(image.device))
+
+    def step(self, x: Tensor, output: Tensor, start: int | Sequence[int], end: int | Sequence[int]) -> Tensor:
+        """Move `x` from time `start` to time `end` along the network's `output` for it: one time, or one a sample."""
+        return self.mix(*self.estimates(x, output, start), end)
 
 
 def grid_index(steps: int, ratio: float) -> int:

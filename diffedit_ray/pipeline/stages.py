@@ -45,7 +45,7 @@ from diffedit_ray.pipeline.rows import (
     surprise,
     use_storage,
 )
-from diffedit_ray.settings import EditSettings, JobSettings
+from diffedit_ray.settings import JobSettings
 
 logger = logging.getLogger(__name__)
 
@@ -175,25 +175,24 @@ class Edit:
 
     def _edit_pending(self, pending: list[Row]) -> None:
         began = time.monotonic()
-        groups: dict[Any, list[Row]] = {}
+        sizes: dict[tuple[int, int], list[Row]] = {}
         for row in pending:
             frame = frame_of(row, self.geometry)
-            size = (frame.model_height, frame.model_width)
-            groups.setdefault((settings_of(row), size, row["_latent_mask"] is not None), []).append(row)
-        for (settings, size, _), members in groups.items():
+            sizes.setdefault((frame.model_height, frame.model_width), []).append(row)
+        for size, members in sizes.items():
             try:
-                self._edit(members, settings, size)
+                self._edit(members, size)
             except Exception as error:
-                self._edit_alone(members, settings, size, error)
+                self._edit_alone(members, size, error)
         self.slowest = max(self.slowest, (time.monotonic() - began) / len(pending))
 
-    def _edit_alone(self, rows: list[Row], settings: EditSettings, size: tuple[int, int], error: Exception) -> None:
+    def _edit_alone(self, rows: list[Row], size: tuple[int, int], error: Exception) -> None:
         """One of `rows` broke the batch: find it, edit the others."""
         for row in rows:
             try:
                 if len(rows) == 1:
                     raise error
-                self._edit([row], settings, size)
+                self._edit([row], size)
             except Exception as own:
                 if device_is_lost(own):
                     # no call into a dead context ever works again; sys.exit would leave a zombie that Ray waits for
@@ -201,24 +200,24 @@ class Edit:
                     os._exit(1)
                 fail(row, _edit_error(row, own))
 
-    def _edit(self, rows: Sequence[Row], settings: EditSettings, size: tuple[int, int]) -> None:
+    def _edit(self, rows: Sequence[Row], size: tuple[int, int]) -> None:
         import torch
 
         height, width = size
         fitted = np.stack([np.frombuffer(row["_fitted"], np.uint8).reshape(height, width, 3) for row in rows])
-        masks = None
-        if rows[0]["_latent_mask"] is not None:
-            f = self.geometry.factor
-            drawn = [np.frombuffer(row["_latent_mask"], np.bool_).reshape(height // f, width // f) for row in rows]
-            masks = torch.from_numpy(np.stack(drawn))
+        f = self.geometry.factor
+        drawn = [
+            None if m is None else torch.from_numpy(np.frombuffer(m, np.bool_).reshape(height // f, width // f).copy())
+            for m in (row["_latent_mask"] for row in rows)
+        ]
         edit = self.editor.edit_fitted(
             torch.from_numpy(fitted).permute(0, 3, 1, 2),
             [row["reference"] for row in rows],
             [row["query"] for row in rows],
             [row["seed"] for row in rows],
-            masks=masks,
+            masks=drawn,
             content=torch.from_numpy(np.stack([frame_of(row, self.geometry).content_cells for row in rows])),
-            settings=settings,
+            settings=[settings_of(row) for row in rows],
         )
         pixels = edit.pixels.permute(0, 2, 3, 1).contiguous().numpy()
         for i, row in enumerate(rows):

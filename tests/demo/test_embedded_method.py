@@ -37,22 +37,23 @@ def test_encoding_and_decoding_walk_as_diffusers_schedulers_do(model: LatentDiff
     settings = EditSettings(steps=20, guidance_scale=1)
     editor = DiffEditor(model, settings)
     with torch.inference_mode():
-        path = editor.encode(x0, settings)
+        paths = editor.encode(x0, settings)
         empty = model.embed_prompts([""]).expand(len(x0), -1, -1)
         inverse = DDIMInverseScheduler.from_config(config)
         inverse.set_timesteps(20)
         x = x0
-        for t, (time, ours) in zip(inverse.timesteps[:16].tolist(), path[1:], strict=True):
+        times = inverse.timesteps[:16].tolist()
+        assert [path.times for path in paths] == [[CLEAN, *times]] * len(x0)
+        for k, t in enumerate(times, start=1):
             x = inverse.step(model.unet(x, t, empty).sample, t, x).prev_sample
-            assert time == t
-            torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(torch.stack([path.latents[k] for path in paths]), x, rtol=1e-3, atol=1e-4)
         forward = DDIMScheduler.from_config(config)
         forward.set_timesteps(20)
         query = model.embed_prompts(["a zebra on grass"]).expand(len(x0), -1, -1)
         for t in forward.timesteps[4:].tolist():
             x = forward.step(model.unet(x, t, query).sample, t, x).prev_sample
         everywhere = torch.ones(len(x0), *x0.shape[2:], dtype=torch.bool)
-        ours = editor.decode(path, everywhere, ["a zebra on grass"] * len(x0), settings)
+        ours = editor.decode(paths, everywhere, ["a zebra on grass"] * len(x0), settings)
     torch.testing.assert_close(ours, x, rtol=1e-2, atol=1e-2)
 
 
@@ -60,12 +61,11 @@ def test_round_trip_under_the_empty_prompt_comes_back(model: LatentDiffusionMode
     settings = EditSettings(guidance_scale=1)
     editor = DiffEditor(model, settings)
     with torch.inference_mode():
-        path = editor.encode(x0, settings)
+        paths = editor.encode(x0, settings)
         everywhere = torch.ones(len(x0), *x0.shape[2:], dtype=torch.bool)
-        back = editor.decode(path, everywhere, [""] * len(x0), settings)
-    assert path[0][0] == CLEAN
+        back = editor.decode(paths, everywhere, [""] * len(x0), settings)
     error = ((back - x0).norm() / x0.norm()).item()
-    noise = ((path[-1][1] - x0).norm() / x0.norm()).item()
+    noise = ((torch.stack([path.latents[-1] for path in paths]) - x0).norm() / x0.norm()).item()
     assert error < ROUND_TRIP_ERROR < noise / 2
 
 

@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffedit_ray.diffusion.editor import DiffEditor, EditResult
+from diffedit_ray.diffusion.editor import DiffEditor, Path
 from diffedit_ray.diffusion.mask import noise_contrast
 from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.diffusion.noise import row_noise
+from diffedit_ray.diffusion.result import EditResult
 from diffedit_ray.diffusion.schedule import CLEAN, add_noise
 from diffedit_ray.settings import EditSettings
 from tests.diffusion.helpers import HORSE, PEAR, SHORT, ZEBRA, latents_of, smooth_image, watched
@@ -32,8 +33,7 @@ def drawn_square(width: int = 32, height: int = 32) -> NDArray[np.uint8]:
 def round_trip_error(editor: DiffEditor, x0: torch.Tensor, settings: EditSettings) -> float:
     """‖y0 − x0‖ / ‖x0‖ after encoding under ∅ and decoding under ∅, everything masked, without guidance."""
     with torch.inference_mode():
-        path = editor.encode(x0, settings)
-        y0 = editor.decode(path, torch.ones(1, *x0.shape[2:], dtype=torch.bool), [""], settings)
+        y0 = editor.decode(editor.encode(x0, settings), torch.ones(1, *x0.shape[2:], dtype=torch.bool), [""], settings)
     return float((y0 - x0).norm() / x0.norm())
 
 
@@ -63,10 +63,11 @@ def test_no_reference_is_the_empty_prompt(editor: DiffEditor) -> None:
 
 def test_encoding_keeps_every_latent_up_to_the_ratio(editor: DiffEditor, tiny_model: LatentDiffusionModel) -> None:
     x0 = latents_of(tiny_model, smooth_image())
-    path = editor.encode(x0, SHORT)
-    assert [t for t, _ in path] == [CLEAN, 1, 101, 201, 301, 401, 501, 601, 701]
-    assert path[0][1] is x0
-    assert not any(torch.equal(a, b) for (_, a), (_, b) in itertools.pairwise(path))
+    [path] = editor.encode(x0, SHORT)
+    assert path.times == [CLEAN, 1, 101, 201, 301, 401, 501, 601, 701]
+    assert len(path.latents) == 9
+    assert torch.equal(path.latents[0], x0[0])
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(path.latents))
 
 
 @pytest.mark.parametrize(("steps", "bound"), [(50, 0.32), (200, 0.09)])
@@ -106,7 +107,9 @@ def test_guidance_mixes_query_and_empty_prompt(editor: DiffEditor, tiny_model: L
     query = tiny_model.predict(y, 1, tiny_model.embed_prompts([ZEBRA]))
     empty = tiny_model.predict(y, 1, tiny_model.embed_prompts([""]))
     for scale in (1.0, 7.5):
-        decoded = editor.decode([(CLEAN, x0), (1, y)], whole, [ZEBRA], SHORT.with_overrides({"guidance_scale": scale}))
+        decoded = editor.decode(
+            [Path([CLEAN, 1], [x0[0], y[0]])], whole, [ZEBRA], SHORT.with_overrides({"guidance_scale": scale})
+        )
         expected = tiny_model.schedule.step(y, empty + scale * (query - empty), 1, CLEAN)
         torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
 
@@ -140,7 +143,7 @@ def test_the_unet_never_sees_more_than_it_may(tiny_model: LatentDiffusionModel, 
     with watched(tiny_model.unet) as seen:
         DiffEditor(tiny_model, SHORT, unet_batch=unet_batch).edit([smooth_image()], [HORSE], [ZEBRA], [0])
     assert seen.evaluations == 2 * 4 + 8 + 16
-    assert max(len(x) for x in seen.latents) == min(unet_batch, 4)
+    assert max(len(x) for x in seen.latents) == min(unet_batch, 8)
 
 
 def test_a_drawn_mask_saves_step_one(tiny_model: LatentDiffusionModel) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffedit_ray.diffusion.editor import DiffEditor, EditResult
+from diffedit_ray.diffusion.editor import DiffEditor
 from diffedit_ray.diffusion.model import LatentDiffusionModel
+from diffedit_ray.diffusion.result import EditResult
 from tests.diffusion.helpers import HORSE, PEAR, SHORT, ZEBRA, smooth_image, watched
 
 QUERIES = [ZEBRA, PEAR, ZEBRA, PEAR, HORSE]  # the last asks for nothing
@@ -67,7 +68,7 @@ def test_one_row_alone_gets_smaller_unet_calls(tiny_model: LatentDiffusionModel)
     with memory_for(tiny_model.unet, 1) as asked:
         result = edit(editor, [0])
     assert not result.unchanged[0]
-    assert editor.unet_batch == 1
+    assert editor.estimate.unet_batch == 1
     assert set(asked[10:]) == {1}
 
 

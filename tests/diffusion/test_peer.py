@@ -81,21 +81,21 @@ def test_encoding_is_the_peers_when_it_inverts_as_the_paper_says(
     x0 = latents_of(tiny_model, smooth_image())
     # the pipeline takes an image of four channels for latents, so no posterior sample gets in the way
     inverted = peer.invert("", x0, num_inference_steps=10, guidance_scale=1.0).latents[0]
-    path = editor.encode(x0, SHORT)
-    assert len(inverted) == len(path) - 1 == 8
-    for theirs, (_, ours) in zip(inverted.flip(0), path[1:], strict=True):
-        torch.testing.assert_close(theirs[None], ours, rtol=1e-4, atol=1e-4)
+    [path] = editor.encode(x0, SHORT)
+    assert len(inverted) == len(path.latents) - 1 == 8
+    for theirs, ours in zip(inverted.flip(0), path.latents[1:], strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_is_the_peers_where_everything_is_edited(
     peer: StableDiffusionDiffEditPipeline, editor: DiffEditor, tiny_model: LatentDiffusionModel
 ) -> None:
     # with nothing to composite, defect 2 cannot show
-    path = editor.encode(latents_of(tiny_model, smooth_image()), SHORT)
-    noisiest_first = torch.stack([x for _, x in path[:0:-1]], 1)
+    [path] = editor.encode(latents_of(tiny_model, smooth_image()), SHORT)
+    noisiest_first = torch.stack(path.latents[:0:-1])[None]
     theirs = peer(ZEBRA, torch.ones(1, 1, 8, 8), noisiest_first, num_inference_steps=10, output_type="latent").images
     with torch.inference_mode():
-        ours = editor.decode(path, torch.ones(1, 8, 8, dtype=torch.bool), [ZEBRA], SHORT)
+        ours = editor.decode([path], torch.ones(1, 8, 8, dtype=torch.bool), [ZEBRA], SHORT)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
@@ -120,16 +120,15 @@ def test_defect_2_the_background_ends_on_the_clean_latent(
     x0 = latents_of(tiny_model, smooth_image())
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, :4] = True
-    path = editor.encode(x0, SHORT)
+    [path] = editor.encode(x0, SHORT)
     with torch.inference_mode():
-        ours = editor.decode(path, mask, [ZEBRA], SHORT)
-    assert path[0][0] == CLEAN
+        ours = editor.decode([path], mask, [ZEBRA], SHORT)
+    assert path.times[:2] == [CLEAN, 1]
     assert torch.equal(ours[:, :, 4:], x0[:, :, 4:])
     # the peer: one step too noisy, down to the end
-    noisiest_first = torch.stack([x for _, x in path[:0:-1]], 1)
+    noisiest_first = torch.stack(path.latents[:0:-1])[None]
     theirs = peer(ZEBRA, mask[:, None].float(), noisiest_first, num_inference_steps=10, output_type="latent").images
-    assert path[1][0] == 1
-    assert torch.equal(theirs[:, :, 4:], path[1][1][:, :, 4:])
+    assert torch.equal(theirs[0, :, 4:], path.latents[1][:, 4:])
     assert not torch.equal(theirs[:, :, 4:], x0[:, :, 4:])
 
 
@@ -166,7 +165,7 @@ def test_defect_4_several_edits_of_several_images_keep_their_own_masks(
         assert not np.array_equal(edited[mask > 0], original[mask > 0])
     # the peer: the second copy of the first image, whose mask is empty, is edited with the second image's mask
     x0 = torch.cat([latents_of(tiny_model, images[0]), latents_of(tiny_model, images[2])])
-    noisiest_first = torch.stack([x for _, x in editor.encode(x0, SHORT)[:0:-1]], 1)
+    noisiest_first = torch.stack([torch.stack(path.latents[:0:-1]) for path in editor.encode(x0, SHORT)])
     masks = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)])
     latents = peer(
         [ZEBRA, ZEBRA],
@@ -219,7 +218,7 @@ def test_defect_8_every_map_has_the_same_image_under_its_noise(
     x0, alpha = latents_of(tiny_model, smooth_image()), tiny_model.schedule.alpha(401)
     with watched(tiny_model.unet) as seen:
         editor.find_masks(x0, [HORSE], [ZEBRA], [9], SHORT)
-    for x_t in seen.latents:  # one call for each text
+    for x_t in torch.cat(seen.latents).split(MAPS):  # one part for each text
         found = (x_t - (1 - alpha).sqrt() * row_noise(9, MAPS, x0.shape[1:])) / alpha.sqrt()
         torch.testing.assert_close(found, x0.expand_as(found), rtol=1e-4, atol=1e-4)
     # the peer: take its noise away again, and the maps' images differ
