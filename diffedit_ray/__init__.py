@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DiffEditError": "errors",
     "DiffEditor": "diffusion.editor",
-    "EditResult": "diffusion.editor",
+    "EditResult": "diffusion.result",
     "EditSettings": "settings",
     "JobSettings": "settings",
     "JobSummary": "pipeline.summary",
