@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.diffusion.noise import row_noise
 from diffedit_ray.diffusion.result import EditResult, LatentEdit
 from diffedit_ray.diffusion.schedule import add_noise, grid_index
+from diffedit_ray.diffusion.sharing import Comparison, Noised, distinct, estimates_wanted, longest_walks, walk_of
 from diffedit_ray.diffusion.solver import Solver
 from diffedit_ray.settings import EditSettings
 
@@ -237,7 +236,7 @@ class DiffEditor:
         clock = time.perf_counter
         began = clock()
         whole = 1 if self.reproducible else max(1, len(pixels))
-        pictures, first = _distinct(pixels)
+        pictures, first = distinct(pixels)
         x0 = torch.cat(
             [self.model.encode_images(part.float() / 127.5 - 1) for part in torch.split(pixels[first], whole)]
         )
@@ -306,51 +305,52 @@ class DiffEditor:
         """
         schedule, each = self.model.schedule, self._settings(settings, len(queries))
         pictures = pictures if pictures is not None else range(len(queries))
-        noised: dict[tuple[int, int, int], int] = {}
-        wanted: dict[tuple[tuple[int, int, int], str], int] = {}
-        asked = []
-        for picture, reference, query, seed, s in zip(pictures, references, queries, seeds, each, strict=True):
-            place = (picture, seed, schedule.time_at(s.steps, s.mask_strength))
-            pair = [(place, query), (place, reference or "")]
-            asked.append(pair)
-            if query != (reference or ""):
-                noised[place] = max(s.mask_maps, noised.get(place, 0))
-                wanted.update({key: max(s.mask_maps, wanted.get(key, 0)) for key in pair})
-        x_t = {
-            (picture, seed, t): add_noise(
-                x0[picture], row_noise(seed, n, x0.shape[1:]).to(x0.device), schedule.alpha(t).to(x0.device)
+        comparisons = [
+            Comparison(
+                Noised(picture, seed, schedule.time_at(s.steps, s.mask_strength)), query, reference or "", s.mask_maps
             )
-            for (picture, seed, t), n in noised.items()
-        }
-        estimates: dict[Any, Tensor] = {}
-        if wanted:
-            outputs = self.estimate(
-                torch.cat([x_t[place][:n] for (place, _), n in wanted.items()]),
-                [place[2] for (place, _), n in wanted.items() for _ in range(n)],
-                [text for (_, text), n in wanted.items() for _ in range(n)],
-            )
-            estimates.update(zip(wanted, torch.split(outputs, list(wanted.values())), strict=True))
+            for picture, query, reference, seed, s in zip(pictures, queries, references, seeds, each, strict=True)
+        ]
+        outputs = self._contrasting(x0, estimates_wanted(comparisons))
         found = []
-        for (query_key, reference_key), s in zip(asked, each, strict=True):
+        for comparison, s in zip(comparisons, each, strict=True):
             d = torch.zeros(s.mask_maps, *x0.shape[2:])
-            if query_key != reference_key:
-                d = noise_contrast(estimates[query_key][: s.mask_maps], estimates[reference_key][: s.mask_maps]).cpu()
+            if comparison.estimates:
+                query_output, reference_output = (outputs[key][: s.mask_maps] for key in comparison.estimates)
+                d = noise_contrast(query_output, reference_output).cpu()
             found.append(mask_from(d, s))
         if not found:
             return torch.zeros(0, *x0.shape[2:]), torch.zeros(0, *x0.shape[2:], dtype=torch.bool), torch.zeros(0)
         soft, mask, f_ratio = (torch.stack(kind) for kind in zip(*found, strict=True))
         return soft, mask, f_ratio
 
+    def _contrasting(self, x0: Tensor, wanted: Mapping[tuple[Noised, str], int]) -> dict[tuple[Noised, str], Tensor]:
+        """The network's outputs for noised latents under a text, for as many noise samples as are wanted."""
+        if not wanted:
+            return {}
+        maps: dict[Noised, int] = {}
+        for (place, _), n in wanted.items():
+            maps[place] = max(n, maps.get(place, 0))
+        x_t = {}
+        for place, n in maps.items():
+            z = row_noise(place.seed, n, x0.shape[1:]).to(x0.device)
+            x_t[place] = add_noise(x0[place.picture], z, self.model.schedule.alpha(place.time).to(x0.device))
+        outputs = self.estimate(
+            torch.cat([x_t[place][:n] for (place, _), n in wanted.items()]),
+            [place.time for (place, _), n in wanted.items() for _ in range(n)],
+            [text for (_, text), n in wanted.items() for _ in range(n)],
+        )
+        return dict(zip(wanted, torch.split(outputs, list(wanted.values())), strict=True))
+
     def _paths(self, x0: Tensor, pictures: Sequence[int], settings: Sequence[EditSettings]) -> list[Path]:
         """Each row's path; rows of one picture share the longest of theirs."""
-        longest: dict[tuple[int, int, str], EditSettings] = {}
-        keys = [(picture, s.steps, s.solver) for picture, s in zip(pictures, settings, strict=True)]
-        for key, s in zip(keys, settings, strict=True):
-            if key not in longest or s.encoding_ratio > longest[key].encoding_ratio:
-                longest[key] = s
+        longest = longest_walks(pictures, settings)
         walked = self.encode(x0[[picture for picture, _, _ in longest]], list(longest.values()))
-        shared = dict(zip(longest, walked, strict=True))
-        return [shared[key].up_to(grid_index(s.steps, s.encoding_ratio)) for key, s in zip(keys, settings, strict=True)]
+        paths = dict(zip(longest, walked, strict=True))
+        return [
+            paths[walk_of(picture, s)].up_to(grid_index(s.steps, s.encoding_ratio))
+            for picture, s in zip(pictures, settings, strict=True)
+        ]
 
     def encode(self, x0: Tensor, settings: EditSettings | Sequence[EditSettings]) -> list[Path]:
         """Step 2 (section 3.2): DDIM encoding of (B, C, h, w) latents under ∅ up to ratio r."""
@@ -410,20 +410,6 @@ class DiffEditor:
     def _settings(self, given: EditSettings | Sequence[EditSettings] | None, rows: int) -> list[EditSettings]:
         """One a row."""
         return [given or self.settings] * rows if given is None or isinstance(given, EditSettings) else list(given)
-
-
-def _distinct(pixels: Tensor) -> tuple[list[int], list[int]]:
-    """Which picture each row of a batch shows, and the first row that shows each."""
-    seen: dict[bytes, int] = {}
-    pictures: list[int] = []
-    first: list[int] = []
-    for i, row in enumerate(pixels):
-        key = hashlib.blake2b(row.contiguous().numpy().data, digest_size=16).digest()
-        if key not in seen:
-            seen[key] = len(first)
-            first.append(i)
-        pictures.append(seen[key])
-    return pictures, first
 
 
 def _as_array(image: ImageLike) -> NDArray[np.uint8]:
