@@ -22,6 +22,8 @@ from diffedit_ray.settings import EditSettings
 REQUIRED = ("image_uri", "query")
 OPTIONAL = ("reference", "id", "mask_uri")
 OVERRIDES = tuple(EditSettings.model_fields)
+ADDED_LATER = ("solver",)
+"""Settings that fingerprints leave out at their defaults, so that those of earlier outputs still hold."""
 CONTRACT = (*REQUIRED, *OPTIONAL, *OVERRIDES)
 MAX_TEMPLATES = 1000
 """Combinations of overriding settings that are remembered; a manifest has few, unless it is an experiment."""
@@ -297,7 +299,11 @@ class _Template:
 
     @classmethod
     def of(cls, settings: EditSettings) -> _Template:
-        text = json.dumps({**settings.model_dump(), "seed": 0}, sort_keys=True)
+        held = settings.model_dump()
+        for name in ADDED_LATER:
+            if held[name] == type(settings).model_fields[name].default:
+                del held[name]
+        text = json.dumps({**held, "seed": 0}, sort_keys=True)
         before, after = text.split('"seed": 0')
         return cls(settings, f'{before}"seed": ', after)
 

@@ -210,6 +210,15 @@ class TestFingerprintsStay:
         found = [_plan(row, settings, revision=revision, image_format=image_format) for row in PINNED]
         assert [row.fingerprint for row in found] == expected.split()
 
+    def test_a_setting_that_came_later_counts_where_it_is_used(self) -> None:
+        row = {"image_uri": "a.png", "query": "a cat"}
+        ddim, dpm = (_plan(row, EditSettings(solver=solver)) for solver in ("ddim", "dpm++"))  # type: ignore[arg-type]
+        asked = _plan({**row, "solver": "dpm++"}, EditSettings())
+        assert ddim.fingerprint == _plan(row, EditSettings()).fingerprint
+        assert ddim.fingerprint != dpm.fingerprint == asked.fingerprint
+        assert asked.settings.solver == "dpm++"
+        assert _plan({**row, "solver": "euler"}, EditSettings()).error is not None
+
     def test_identifying_a_table_gives_what_planning_gives(self) -> None:
         rows = [{k: v for k, v in row.items() if k not in ("id", "seed", "steps")} for row in PINNED]
         rows += [{**ROW, "id": "mine", "steps": 20.0, "seed": 5}, {**ROW, "id": "", "steps": math.nan}]

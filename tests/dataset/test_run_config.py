@@ -45,7 +45,14 @@ def test_a_run_with_the_same_settings_may_carry_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", EditSettings.model_fields)
 def test_every_setting_of_the_method_counts(tmp_path: Path, name: str) -> None:
-    values: dict[str, Any] = {"composite": False, "seed": 5, "resolution": 64, "steps": 21, "mask_grow": 2}
+    values: dict[str, Any] = {
+        "composite": False,
+        "seed": 5,
+        "resolution": 64,
+        "steps": 21,
+        "mask_grow": 2,
+        "solver": "dpm++",
+    }
     values |= {"mask_maps": 3, "guidance_scale": 3.0, "mask_significance": 1.0, "encoding_ratio": 0.7}
     settings = HELD.with_overrides({name: values.get(name, 0.25)})
     with pytest.raises(WrongOutputError, match=name):
