@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,17 @@ from diffedit_ray.diffusion.model import LatentDiffusionModel, checkpoint_folder
 from diffedit_ray.settings import EditSettings
 
 
-def build_peer(model: LatentDiffusionModel) -> StableDiffusionDiffEditPipeline:
-    """The pipeline around the same weights; it needs both DDIM schedulers, whatever the checkpoint names."""
-    scheduler = json.loads((checkpoint_folder(model.source) / "scheduler" / "scheduler_config.json").read_text())
+def build_peer(
+    model: LatentDiffusionModel, scheduler: Mapping[str, Any] | None = None
+) -> StableDiffusionDiffEditPipeline:
+    """The pipeline around the same weights; it needs both DDIM schedulers, whatever the checkpoint names.
+
+    Args:
+        model: The weights.
+        scheduler: The scheduler's configuration; none is that of the model's folder.
+    """
+    if scheduler is None:
+        scheduler = json.loads((checkpoint_folder(model.source) / "scheduler" / "scheduler_config.json").read_text())
     pipeline = StableDiffusionDiffEditPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
@@ -41,30 +49,48 @@ def edit_with_peer(
     queries: Sequence[str],
     seeds: Sequence[int],
     settings: EditSettings,
+    *,
+    batch: int | None = None,
 ) -> list[NDArray[np.uint8]]:
-    """Edit one image after another as the pipeline's documentation shows: three calls for each.
+    """Edit images as the pipeline's documentation shows: three calls for each, one image after another.
 
     Args:
         pipeline: From `build_peer`.
-        images: (H, W, 3) each, at a size the model accepts.
+        images: (H, W, 3) each, at a size the model accepts; all at the same if `batch` is given.
         references, queries, seeds: One for each image.
         settings: Steps, guidance, maps, mask strength and encoding ratio; the pipeline knows no others.
+        batch: Images a call gets as a list; none is one by one. In a list one generator, seeded with the first
+            row's seed, serves all, since it wants one for each of a row's maps otherwise and then encodes them
+            one by one; and masks depend on the other images of the list.
     """
+    edited: list[NDArray[np.uint8]] = []
+    for start in range(0, len(images), batch or 1):
+        part = slice(start, start + (batch or 1))
+        pictures: Any = [Image.fromarray(pixels) for pixels in images[part]]
+        sources: Any = list(references[part])
+        targets: Any = list(queries[part])
+        if batch is None:
+            (pictures,), (sources,), (targets,) = pictures, sources, targets
+        edited += _edit_together(pipeline, pictures, sources, targets, seeds[start], settings)
+    return edited
+
+
+def _edit_together(
+    pipeline: StableDiffusionDiffEditPipeline, image: Any, source: Any, target: Any, seed: int, settings: EditSettings
+) -> list[NDArray[np.uint8]]:
+    """One image or a list of them through the pipeline's three calls."""
+    generator = torch.Generator().manual_seed(seed)
     common: dict[str, Any] = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
     strength = {"inpaint_strength": settings.encoding_ratio}
-    edited = []
-    for pixels, reference, query, seed in zip(images, references, queries, seeds, strict=True):
-        image, generator = Image.fromarray(pixels), torch.Generator().manual_seed(seed)
-        mask = pipeline.generate_mask(
-            image=image,
-            source_prompt=reference,
-            target_prompt=query,
-            num_maps_per_mask=settings.mask_maps,
-            mask_encode_strength=settings.mask_strength,
-            generator=generator,
-            **common,
-        )
-        latents = pipeline.invert(prompt=reference, image=image, generator=generator, **strength, **common).latents
-        result = pipeline(prompt=query, mask_image=mask, image_latents=latents, **strength, **common)
-        edited.append(np.asarray(result.images[0]))
-    return edited
+    mask = pipeline.generate_mask(
+        image=image,
+        source_prompt=source,
+        target_prompt=target,
+        num_maps_per_mask=settings.mask_maps,
+        mask_encode_strength=settings.mask_strength,
+        generator=generator,
+        **common,
+    )
+    latents = pipeline.invert(prompt=source, image=image, generator=generator, **strength, **common).latents
+    result = pipeline(prompt=target, mask_image=mask, image_latents=latents, **strength, **common)
+    return [np.asarray(picture) for picture in result.images]

@@ -107,6 +107,8 @@ def _edited(
     rows = rows.repartition(target_num_rows_per_block=job.batch_size)
     rows = rows.map_batches(Fetch(geometry, base_uri, job, ledger), num_cpus=IO_CPUS, **blocks)
     pool = replicas(job)
+    if pool.gpus:  # Ray Data refuses a stage on GPUs without a batch size; this one leaves blocks as they are
+        blocks["batch_size"] = job.batch_size
     return rows.map_batches(
         Edit,
         fn_constructor_kwargs={
