@@ -129,7 +129,9 @@ class JobSettings(_Settings):
     )
     max_bytes: int = Field(200_000_000, ge=1, description="Largest image file accepted, in bytes.")
     fetch_threads: int = Field(16, ge=1, le=256, description="Images one fetch task reads at the same time.")
-    fetch_timeout: float = Field(120.0, gt=0, description="Seconds one image may take to arrive, all tries included.")
+    fetch_timeout: float = Field(
+        120.0, gt=0, description="Seconds one image, and again its mask, may take to arrive, all tries included."
+    )
     edit_timeout: float = Field(
         600.0, gt=0, description="Seconds the edit of one row may take; a batch may take that for each of its rows."
     )
@@ -139,6 +141,12 @@ class JobSettings(_Settings):
         ge=1,
         le=10,
         description="Times a row may kill or hang the process that works on it alone before it is recorded as failed.",
+    )
+    group_by_image: bool = Field(
+        False,
+        description="Bring the rows of one image together wherever they stand in the manifest, so that they share the "
+        "work that depends on the image alone; rows that stand side by side do so anyway. The first edit then waits "
+        "until the whole manifest is planned.",
     )
     reproducible: bool = Field(
         False,

@@ -27,6 +27,7 @@ from diffedit_ray.dataset.spans import read_span
 from diffedit_ray.diffusion.model import model_geometry, model_revision
 from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
 from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
+from diffedit_ray.pipeline.grouping import group_by_image
 from diffedit_ray.pipeline.guard import start_ledger
 from diffedit_ray.pipeline.interrupt import interruptible
 from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
@@ -95,16 +96,25 @@ def _arrow_type(kind: Any) -> pa.DataType:
 
 
 def _edited(
-    ds: ray.data.Dataset, plan: Plan | PlanPending, model: str, job: JobSettings, base_uri: str, ledger: Any
+    ds: ray.data.Dataset,
+    plan: Plan | PlanPending,
+    model: str,
+    job: JobSettings,
+    base_uri: str,
+    ledger: Any,
+    count: int | None = None,
 ) -> ray.data.Dataset:
-    """plan → fetch → edit, lazily."""
+    """plan → fetch → edit, lazily; `count` is how many rows there will be, if that is known."""
     import ray
 
     geometry = model_geometry(model)
     blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     rows = ds.map_batches(plan, num_cpus=IO_CPUS, **blocks)
     # a block is a batch, from here to its record file: small enough to share out, and all that one bad block can hurt
-    rows = rows.repartition(target_num_rows_per_block=job.batch_size)
+    if job.group_by_image:
+        rows = group_by_image(rows, job.batch_size, count)
+    else:
+        rows = rows.repartition(target_num_rows_per_block=job.batch_size)
     rows = rows.map_batches(Fetch(geometry, base_uri, job, ledger), num_cpus=IO_CPUS, **blocks)
     pool = replicas(job)
     if pool.gpus:  # Ray Data refuses a stage on GPUs without a batch size; this one leaves blocks as they are
@@ -296,7 +306,7 @@ def _edited_rows(
     spans = span_rows(scan.pending_spans(turns))
     ds = ray.data.from_items(spans, override_num_blocks=len(spans))
     plan = PlanPending(Plan(scan.planner, model), schema, ray.put(turns), job)
-    return _edited(ds, plan, model, job, base_uri, ledger)
+    return _edited(ds, plan, model, job, base_uri, ledger, int(np.count_nonzero(turns)))
 
 
 def _drain(

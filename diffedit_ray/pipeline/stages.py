@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,9 @@ from diffedit_ray.settings import JobSettings
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 STORE_THREADS = 4
 """Images one store task encodes and writes at the same time."""
 LEAST_EDIT_SECONDS = 60.0
@@ -56,27 +59,31 @@ LEAST_EDIT_SECONDS = 60.0
 
 
 def _all_at_once(
-    function: Callable[[Row], Row], rows: Sequence[Row], threads: int, seconds: float
-) -> Iterator[tuple[Row, Row | Exception]]:
-    """Each row with what `function` makes of a copy of it, or what it raised, each within `seconds`.
+    function: Callable[[T], R], items: Sequence[T], threads: int, seconds: float
+) -> Iterator[tuple[T, R | Exception]]:
+    """Each item with what `function` makes of it, or what it raised, each within `seconds`.
 
     A thread that is late goes on in the background and is not waited for; nothing can stop it.
     """
     pool = ThreadPoolExecutor(threads)
-    waves = -(-len(rows) // threads)
+    waves = -(-len(items) // threads)
     deadline = time.monotonic() + seconds * waves
-    waiting = [(row, pool.submit(function, dict(row))) for row in rows]
-    for row, future in waiting:
+    waiting = [(item, pool.submit(function, item)) for item in items]
+    for item, future in waiting:
         try:
-            yield row, future.result(timeout=max(0.0, deadline - time.monotonic()))
+            yield item, future.result(timeout=max(0.0, deadline - time.monotonic()))
         except Exception as error:
-            yield row, error
+            yield item, error
     pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """URI to bytes to checked, fitted pixels, many at a time."""
+    """URI to bytes to checked, fitted pixels, many at a time; an image that several rows name is read once.
+
+    Its `fetch_seconds` are shared out evenly among them, so that a run's records add up to what was spent; a mask's
+    are its row's own.
+    """
 
     geometry: Geometry
     base_uri: str
@@ -89,47 +96,68 @@ class Fetch:
         return map_rows(table, self._fetch_all)
 
     def _fetch_all(self, rows: list[Row]) -> None:
-        # the threads below keep to the time limit; the guard's is for what no thread survives
-        guard = Guard("fetch", self.ledger, 2 * self.job.fetch_timeout, self.job.row_tries, fail)
+        # the threads below keep to the time limits, an image's and a mask's; the guard's is for what no thread survives
+        guard = Guard("fetch", self.ledger, 3 * self.job.fetch_timeout, self.job.row_tries, fail)
         guard.run([row for row in rows if row["status"] == PENDING], self._fetch_pending)
 
     def _fetch_pending(self, pending: list[Row]) -> None:
-        for row, result in _all_at_once(self._fetch, pending, self.job.fetch_threads, self.job.fetch_timeout):
-            if isinstance(result, RowError):
-                fail(row, result)
-            elif isinstance(result, FutureTimeout):
-                seconds = self.job.fetch_timeout
-                name = storage.shown(row["image_uri"])
-                fail(row, RowError(ErrorCode.TIMEOUT, f"{name} did not arrive within {seconds:g} s"))
-            elif isinstance(result, Exception):  # a bug or a library's surprise must stay this row's own
-                fail(row, surprise(ErrorCode.FETCH_FAILED, row, result))
-            else:
-                row.update(result)
+        images: dict[str, list[Row]] = {}
+        for row in pending:
+            images.setdefault(row["image_uri"], []).append(row)
+        self._settle(list(images.values()), self._fetch_image, "image_uri")
+        # only now, since a mask must have its image's size
+        drawn = [[row] for row in pending if row["status"] == PENDING and row["user_mask_uri"]]
+        self._settle(drawn, self._fetch_mask, "user_mask_uri")
 
-    def _fetch(self, row: Row) -> Row:
-        began = time.perf_counter()
-        uri = storage.resolve(row["image_uri"], self.base_uri)
+    def _settle(self, groups: Sequence[list[Row]], fetch: Callable[[list[Row]], list[Row]], column: str) -> None:
+        """Give each group of rows what `fetch` finds for it, or each of its rows the same failure."""
+        for rows, result in _all_at_once(fetch, groups, self.job.fetch_threads, self.job.fetch_timeout):
+            if not isinstance(result, Exception):
+                for row, found in zip(rows, result, strict=True):
+                    row.update(found)
+                continue
+            for row in rows:
+                if isinstance(result, RowError):
+                    fail(row, result)
+                elif isinstance(result, FutureTimeout):
+                    name = storage.shown(row[column])
+                    fail(row, RowError(ErrorCode.TIMEOUT, f"{name} did not arrive within {self.job.fetch_timeout:g} s"))
+                else:  # a bug or a library's surprise must stay these rows' own
+                    fail(row, surprise(ErrorCode.FETCH_FAILED, row, result))
+
+    def _allowed(self, uri: str) -> str:
+        uri = storage.resolve(uri, self.base_uri)
         storage.refuse_scheme(uri, self.job.image_schemes)
+        return uri
+
+    def _fetch_image(self, rows: list[Row]) -> list[Row]:
+        began = time.perf_counter()
+        uri = self._allowed(rows[0]["image_uri"])
         data = storage.read_bytes(uri, max_bytes=self.job.max_bytes)
         pixels = decode_image(data, storage.shown(uri), max_pixels=self.job.max_pixels).pixels
         height, width = pixels.shape[:2]
+        pixels = over_white(pixels)
         found: Row = {"_original": data, "width": width, "height": height}
-        frame = frame_of({**row, **found}, self.geometry)
-        found["_fitted"] = fit(over_white(pixels), frame).tobytes()
-        if row["user_mask_uri"]:
-            mask_uri = storage.resolve(row["user_mask_uri"], self.base_uri)
-            storage.refuse_scheme(mask_uri, self.job.image_schemes)
-            try:
-                drawn = storage.read_bytes(mask_uri, max_bytes=self.job.max_bytes)
-            except RowError as error:
-                if error.code not in records.PERMANENT:  # the mask may be good, and the row with it another time
-                    raise
-                raise RowError(ErrorCode.BAD_MASK, error.message) from None
-            mask = decode_mask(drawn, storage.shown(mask_uri), (width, height), max_pixels=self.job.max_pixels)
-            found["_user_mask"] = encode_image(mask, "png")
-            found["_latent_mask"] = latent_mask_from(mask, frame).tobytes()
-        found["fetch_seconds"] = time.perf_counter() - began
-        return found
+        resolutions = {row["resolution"]: frame_of({**row, **found}, self.geometry) for row in rows}
+        fitted = {resolution: fit(pixels, frame).tobytes() for resolution, frame in resolutions.items()}
+        found["fetch_seconds"] = (time.perf_counter() - began) / len(rows)
+        return [{**found, "_fitted": fitted[row["resolution"]]} for row in rows]
+
+    def _fetch_mask(self, rows: list[Row]) -> list[Row]:
+        (row,) = rows
+        began = time.perf_counter()
+        uri = self._allowed(row["user_mask_uri"])
+        try:
+            drawn = storage.read_bytes(uri, max_bytes=self.job.max_bytes)
+        except RowError as error:
+            if error.code not in records.PERMANENT:  # the mask may be good, and the row with it another time
+                raise
+            raise RowError(ErrorCode.BAD_MASK, error.message) from None
+        size = (row["width"], row["height"])
+        mask = decode_mask(drawn, storage.shown(uri), size, max_pixels=self.job.max_pixels)
+        latent = latent_mask_from(mask, frame_of(row, self.geometry))
+        seconds = row["fetch_seconds"] + time.perf_counter() - began
+        return [{"_user_mask": encode_image(mask, "png"), "_latent_mask": latent.tobytes(), "fetch_seconds": seconds}]
 
 
 class Edit:

@@ -3,9 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,85 +14,23 @@ import pytest
 import torch
 from PIL import Image
 
-from diffedit_ray.dataset import records, storage
+from diffedit_ray.dataset import records
 from diffedit_ray.dataset.images import decode_image
 from diffedit_ray.dataset.manifest import RowPlanner, manifest_files, manifest_schema, match_columns
 from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.dataset.scan import scan_manifest
-from diffedit_ray.diffusion.model import model_geometry
 from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
 from diffedit_ray.pipeline.rows import carried_fields, work_schema
-from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Store
-from diffedit_ray.settings import EditSettings, JobSettings
-from tests.pipeline.rows import QUICK, picture, read, row, save_pictures
+from diffedit_ray.pipeline.stages import Edit, Fetch, Store
+from diffedit_ray.settings import JobSettings
+from tests.pipeline.line import Line, statuses
+from tests.pipeline.rows import QUICK, picture, read, row
 from tests.services.proxy import Fault, FaultyProxy
 from tests.services.s3 import S3Server
-from tests.services.web import FileServer
-
-Rows = Sequence[Mapping[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def edit(tiny_folder: Path) -> Edit:
-    return Edit(str(tiny_folder), "cpu", 2, model_geometry(str(tiny_folder)), JobSettings(dtype="float32"))
-
-
-class Line:
-    """The stages in a row, without Ray."""
-
-    def __init__(self, edit: Edit, model: str, folder: Path, output: Path, job: JobSettings | None = None) -> None:
-        self.edit, self.model, self.folder = edit, model, folder
-        self.layout, self.job = OutputLayout(str(output)), job or JobSettings()
-        self.geometry = model_geometry(model)
-
-    def plan(self, rows: Rows, settings: EditSettings = QUICK) -> pa.Table:
-        names = dict.fromkeys(name for r in rows for name in r)
-        table = pa.table({name: [r.get(name) for r in rows] for name in names})
-        self.columns = match_columns(table.schema, {})
-        return Plan(RowPlanner(self.columns, settings, "r1", self.job.image_format), self.model)(table)
-
-    def fetch(self, rows: Rows, settings: EditSettings = QUICK) -> pa.Table:
-        return Fetch(self.geometry, str(self.folder), self.job)(self.plan(rows, settings))
-
-    def edited(self, rows: Rows, settings: EditSettings = QUICK) -> pa.Table:
-        return self.edit(self.fetch(rows, settings))
-
-    def store(self, table: pa.Table) -> list[dict[str, Any]]:
-        schema = records.record_schema(carried_fields(self.columns))
-        report = Store(self.geometry, self.job, self.layout, schema)(table)
-        stored = {r["id"]: r for r in records.read_records(self.layout.root).to_pylist()}
-        assert report["id"].to_pylist() == table["id"].to_pylist()
-        assert report["status"].to_pylist() == [stored[i]["status"] for i in report["id"].to_pylist()]
-        return [stored[i] for i in report["id"].to_pylist()]
-
-    def collect(self, table: pa.Table) -> list[dict[str, Any]]:
-        schema = records.record_schema(carried_fields(self.columns))
-        rows: list[dict[str, Any]] = Collect(self.geometry, self.job, schema)(table).to_pylist()
-        return rows
-
-
-@pytest.fixture(autouse=True)
-def _storage() -> Iterator[None]:
-    yield
-    storage.configure({})
 
 
 def _only(part: str, fault: Fault) -> Callable[[str, str], tuple[Fault | None, float]]:
     return lambda method, path: (fault if part in path else None, 0.0)
-
-
-@pytest.fixture
-def line(edit: Edit, tiny_folder: Path, folder: Path, tmp_path: Path) -> Line:
-    return Line(edit, str(tiny_folder), folder, tmp_path / "out")
-
-
-def _statuses(table: pa.Table) -> list[tuple[str, str | None]]:
-    return list(zip(table["status"].to_pylist(), table["error_code"].to_pylist(), strict=True))
 
 
 MIXED = [
@@ -210,66 +146,6 @@ class TestPlan:
         assert not Path(line.layout.records).exists()
 
 
-class TestFetch:
-    def test_a_row_that_does_not_arrive_in_time_fails_alone(self, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-        line.job = JobSettings(fetch_timeout=0.3)
-        whole = Fetch._fetch
-        released = threading.Event()
-
-        def slow(self: Fetch, r: dict[str, Any]) -> dict[str, Any]:
-            if r["image_uri"] == "wide.png":
-                released.wait(10)
-            return whole(self, r)
-
-        monkeypatch.setattr(Fetch, "_fetch", slow)
-        began = time.monotonic()
-        table = line.fetch([row("square.png"), row("wide.png"), row("tall.jpg")])
-        released.set()
-        assert _statuses(table) == [("pending", None), ("failed", "timeout"), ("pending", None)]
-        assert time.monotonic() - began < 5
-
-    def test_limits(self, line: Line) -> None:
-        line.job = JobSettings(max_pixels=32 * 32)
-        assert _statuses(line.fetch([row("square.png"), row("wide.png")]))[1] == ("failed", "too_large")
-        line.job = JobSettings(max_bytes=10)
-        assert _statuses(line.fetch([row("square.png")])) == [("failed", "too_large")]
-
-    def test_schemes_that_are_not_allowed(self, line: Line) -> None:
-        line.job = JobSettings(image_schemes=["https"])
-        assert _statuses(line.fetch([row("square.png")])) == [("failed", "bad_uri")]
-        line.job = JobSettings(image_schemes=["file"])
-        rows = [row("square.png"), row("wide.png", mask_uri="memory://mask.png"), row("https://h/a.png")]
-        assert _statuses(line.fetch(rows)) == [("pending", None), ("failed", "bad_uri"), ("failed", "bad_uri")]
-
-    def test_a_record_keeps_the_uri_and_its_message_hides_what_signs_it(
-        self, line: Line, web_files: FileServer
-    ) -> None:
-        line.job = JobSettings(storage_tries=1)
-        uri = f"{web_files.endpoint}/none.png?X-Amz-Signature=beefbeef"
-        web_files.files["/page.png"] = b"<html>"
-        page = f"{web_files.endpoint}/page.png?sig=beefbeef"
-        for one, code in ((uri, "not_found"), (page, "not_an_image")):
-            table = line.fetch([row(one)])
-            assert _statuses(table) == [("failed", code)]
-            assert table["image_uri"][0].as_py() == one, "it is the user's own key"
-            assert "beef" not in table["error_message"][0].as_py()
-
-    def test_a_mask_that_may_come_another_time_is_no_bad_mask(self, line: Line) -> None:
-        line.job = JobSettings(storage_tries=1)
-        rows = [row("wide.png", mask_uri="http://127.0.0.1:9/mask.png"), row("wide.png", mask_uri="none.png")]
-        assert _statuses(line.fetch(rows)) == [("failed", "fetch_failed"), ("failed", "bad_mask")]
-
-    def test_the_jobs_options_hold_where_the_stage_runs(self, line: Line, s3: S3Server, bucket: str) -> None:
-        s3.filesystem().put_file(str(line.folder / "square.png"), f"{bucket}/square.png")
-        rows = [row(f"s3://{bucket}/square.png")]
-        line.job = JobSettings(storage_options={"s3": s3.options})
-        assert _statuses(line.fetch(rows)) == [("pending", None)]
-        line.job = JobSettings(storage_options={"s3": s3.at("http://127.0.0.1:9").options}, storage_tries=1)
-        table = line.fetch(rows)
-        assert _statuses(table) == [("failed", "fetch_failed")]
-        assert s3.secret not in table["error_message"][0].as_py()
-
-
 class TestEdit:
     def test_a_row_that_breaks_the_batch_fails_alone(self, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
         editor = line.edit.editor
@@ -285,7 +161,7 @@ class TestEdit:
         monkeypatch.setattr(editor, "edit_fitted", fragile)
         rows = [row("square.png", q) for q in ("a cat", "a bomb", "a dog")]
         table = line.edited(rows)
-        assert _statuses(table) == [("edited", None), ("failed", "edit_failed"), ("edited", None)]
+        assert statuses(table) == [("edited", None), ("failed", "edit_failed"), ("edited", None)]
         assert "boom" in table["error_message"][1].as_py()
         assert sizes == [3, 1, 1, 1]
 
@@ -339,10 +215,10 @@ class TestUserMasks:
 
     def test_equal_texts_are_edited_inside_it(self, line: Line) -> None:
         # whoever draws a mask has said where
-        assert _statuses(line.edited([row("wide.png", "a horse", mask_uri="mask.png")])) == [("edited", None)]
+        assert statuses(line.edited([row("wide.png", "a horse", mask_uri="mask.png")])) == [("edited", None)]
 
     def test_a_black_one_changes_nothing(self, line: Line) -> None:
-        assert _statuses(line.edited([row("wide.png", mask_uri="black.png")])) == [("unchanged", None)]
+        assert statuses(line.edited([row("wide.png", mask_uri="black.png")])) == [("unchanged", None)]
 
 
 class TestPixels:
