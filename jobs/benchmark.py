@@ -3,6 +3,7 @@
     python jobs/benchmark.py engine                       edits a second against diffusers' DiffEdit pipeline
     python jobs/benchmark.py engine --random-weights sd15 --profile --json engine.json --chart engine.png
     python jobs/benchmark.py pipeline --rows 200          the whole Ray job against the bare engine
+    python jobs/benchmark.py solvers --count 200          what fewer steps cost in quality and bring in speed
     python jobs/benchmark.py scaling --replicas 1,4,16    how busy the job keeps many replicas, simulated
     python jobs/benchmark.py resume --rows 1000000        what planning a resume costs the driver
 
@@ -13,7 +14,7 @@ and turn about, so that whatever else the machine does meets all of them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.engine import CONTESTANTS, engine
@@ -21,6 +22,7 @@ from benchmarks.pipeline import pipeline
 from benchmarks.random_weights import ARCHITECTURES
 from benchmarks.resume import resume
 from benchmarks.scaling import scaling
+from benchmarks.solvers import solvers
 from diffedit_ray.demo import demo_model
 
 
@@ -75,6 +77,15 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     _on_a_device(command)
 
 
+def _add_solvers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--count", type=int, default=200, help="held-out edits; up to 48 they are shipped, more need the emoji font"
+    )
+    command.add_argument("--repeats", type=int, default=3, help="of the timing")
+    command.add_argument("--device", default="auto")
+    command.add_argument("--threads", type=int, help="torch threads")
+
+
 def _add_scaling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--replicas", type=_counts, default=[1, 4, 16, 64])
     command.add_argument(
@@ -96,7 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for run, add in ((engine, _add_engine), (pipeline, _add_pipeline), (scaling, _add_scaling), (resume, _add_resume)):
+    known: dict[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None]] = {
+        engine: _add_engine,
+        pipeline: _add_pipeline,
+        solvers: _add_solvers,
+        scaling: _add_scaling,
+        resume: _add_resume,
+    }
+    for run, add in known.items():
         command = commands.add_parser(run.__name__, help=run.__doc__)
         add(command)
         command.add_argument("--json", type=Path, help="write the figures here too")

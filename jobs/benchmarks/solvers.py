@@ -48,9 +48,13 @@ def edits_per_second(
 
 def solvers(args: argparse.Namespace) -> None:
     """Mask IoU, background, edit success and speed of every solver and number of steps, on the embedded world."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
     editor = DiffEditor(LatentDiffusionModel.load(demo_model(), args.device))
     judge = ObjectClassifier.load(demo_model() / CLASSIFIER)
-    edits = [known_edit(HELD_OUT + i) for i in range(args.count)] if args.count else shipped_edits()
+    shipped = shipped_edits()
+    few = args.count <= len(shipped)
+    edits = shipped[: args.count] if few else [known_edit(HELD_OUT + i) for i in range(args.count)]
     settings = [demo_settings().with_overrides({"solver": solver, "steps": steps}) for solver, steps in CANDIDATES]
     rates = edits_per_second(editor, edits[:TIMED], settings, args.repeats)
     table = Table("solver", "steps", "mask IoU", "background, dB", "edit success", "edits/s", "times 50-step DDIM")
