@@ -110,13 +110,26 @@ class JobSettings(_Settings):
     model_config = ConfigDict(hide_input_in_errors=True)  # it may be a password
 
     batch_size: int = Field(16, ge=1, le=1024, description="Rows an actor edits at once.")
+    unet_batch: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Latents the UNet sees at once; none measures at start-up which number is fastest there, "
+        "except in reproducible runs.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the UNet at start-up, for images of the model's own size: minutes that pay in long runs. "
+        "CPUs need a C++ compiler for it.",
+    )
     min_actors: int = Field(1, ge=1, description="Model replicas kept at the least.")
     max_actors: int | None = Field(
         None, ge=1, description="Model replicas at the most; none is one a GPU, or one in all on CPUs."
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps: where the model runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the model; auto is float32 on CPUs and bfloat16 or float16 on GPUs."
+        "auto",
+        description="Precision of the model; auto is float32 on CPUs, bfloat16 on GPUs that have it, else float16.",
     )
     threads: int | None = Field(
         None, ge=1, description="Torch threads of an actor on CPUs; none shares the cores out among the actors."

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffedit_ray.diffusion.framing import Geometry
+from diffedit_ray.diffusion.kernels import CompiledUNet, lay_out
 from diffedit_ray.diffusion.schedule import NoiseSchedule
 from diffedit_ray.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
 _PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+
+VAE_PIXELS = 1 << 20
+"""Pixels the autoencoder sees at once, or else one image: at full resolution a few channels are a lot of memory."""
 
 
 def checkpoint_folder(source: str) -> Path:
@@ -132,12 +136,15 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on CPUs, bfloat16 on GPUs that have it and float16 on the others."""
+    """ "auto" is float32 on CPUs, bfloat16 on GPUs that have it and float16 on the others.
+
+    CPUs with bfloat16 units (avx512_bf16, amx) use them only if asked: what that costs in quality is not measured.
+    """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cpu":
         return torch.float32
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float16
 
@@ -165,6 +172,7 @@ class LatentDiffusionModel:
     device: torch.device
     dtype: torch.dtype
     source: str = ""
+    _compiled: CompiledUNet | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def load(cls, source: str | Path, device: str = "auto", dtype: str = "auto") -> LatentDiffusionModel:
@@ -193,6 +201,8 @@ class LatentDiffusionModel:
             raise ModelError(f"{folder}: cannot load the checkpoint: {error}") from error
         for part in parts.values():
             part.to(target).eval().requires_grad_(False)
+        for network in ("vae", "unet"):
+            lay_out(parts[network], target)
         model = cls(
             **parts,
             tokenizer=tokenizer,
@@ -225,7 +235,9 @@ class LatentDiffusionModel:
 
         The mean, never a sample: the code of an image must not depend on chance.
         """
-        mean = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode().float()
+        parts = torch.split(pixels, max(1, VAE_PIXELS // (pixels.shape[2] * pixels.shape[3])))
+        means = [self.vae.encode(part.to(self.device, self.dtype)).latent_dist.mode() for part in parts]
+        mean = torch.cat(means).float().contiguous()
         latents: Tensor = (mean - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config["scaling_factor"]
         return latents
 
@@ -233,8 +245,9 @@ class LatentDiffusionModel:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) float32 -> (B, 3, h·f, w·f) float32, clamped to [-1, 1]."""
         latents = latents / self.vae.config["scaling_factor"] + (self.vae.config.get("shift_factor") or 0.0)
-        pixels: Tensor = self.vae.decode(latents.to(self.dtype)).sample.float().clamp(-1, 1)
-        return pixels
+        pixels = latents.shape[2] * latents.shape[3] * self.geometry.factor**2
+        parts = torch.split(latents.to(self.dtype), max(1, VAE_PIXELS // pixels))
+        return torch.cat([self.vae.decode(part).sample for part in parts]).float().clamp(-1, 1).contiguous()
 
     @torch.inference_mode()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -256,5 +269,19 @@ class LatentDiffusionModel:
         """The UNet's raw output, (B, C, h, w) float32, at one time or (B,) of them under (B, tokens, width)."""
         # a time before the grid's first means the clean image, which the network knows as its first time
         times = torch.as_tensor(time, device=self.device).clamp_min(0).expand(len(latents))
-        output: Tensor = self.unet(latents.to(self.dtype), times, embeddings).sample
-        return output.float()
+        latents = latents.to(self.dtype)
+        if self._compiled is None:
+            output = self.unet(latents, times, embeddings).sample
+        else:
+            output = self._compiled(latents, times, embeddings).clone()
+        return output.float().contiguous()  # type: ignore[no-any-return]
+
+    def compile(self, batch: int) -> None:
+        """Compile the UNet for latents of the model's own size, at most `batch` at once; takes minutes.
+
+        Raises:
+            ModelError: The compiler is missing or fails.
+        """
+        side = self.geometry.native // self.geometry.factor
+        latent, text = (self.unet.config["in_channels"], side, side), self.embed_prompts([""]).shape[1:]
+        self._compiled = CompiledUNet(self.unet, batch, latent, text)

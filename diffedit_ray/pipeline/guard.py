@@ -14,7 +14,7 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 30.0
 """How long a stage waits for the ledger before it goes on without one."""
+TOLD_SECONDS = 5.0
+"""How long a run that ends waits for what is nice to know."""
 GRACE_SECONDS = 5.0
 """How much later the watchdog bites that needs nothing of Python, not even its lock."""
 
@@ -45,11 +47,39 @@ class Trial:
     hung: bool = False
 
 
+@dataclass(frozen=True)
+class Replica:
+    """How a model replica runs, for the run's summary.
+
+    Attributes:
+        node: The machine's name.
+        device: Where the model is.
+        dtype: Its precision.
+        unet_batch: Latents its UNet sees at once.
+        rates: Batch size -> latents a second, of the sizes it has tried; empty where it was told.
+    """
+
+    node: str
+    device: str
+    dtype: str
+    unet_batch: int
+    rates: Mapping[int, float]
+
+
 class Ledger:
-    """What every stage has begun and not ended; one Ray actor a run."""
+    """Who works in a run, and what every stage has begun and not ended; one Ray actor a run."""
 
     def __init__(self) -> None:
         self._open: dict[str, Trial] = {}
+        self._replicas: list[Replica] = []
+
+    def introduce(self, replica: Replica) -> None:
+        """Note that a replica has started."""
+        self._replicas.append(replica)
+
+    def replicas(self) -> list[Replica]:
+        """Every replica that has started, those that ended included."""
+        return list(self._replicas)
 
     def look(self, key: str) -> Trial:
         """What is known of work that is about to begin."""
@@ -87,6 +117,20 @@ def start_ledger() -> Any:
     import ray
 
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(Ledger).remote()
+
+
+def known_replicas(ledger: Any) -> list[Replica]:
+    """The replicas that have introduced themselves to a run's ledger; none without one that answers."""
+    import ray
+
+    if ledger is None:
+        return []
+    try:
+        found: list[Replica] = ray.get(ledger.replicas.remote(), timeout=TOLD_SECONDS)
+    except ray.exceptions.RayError as error:
+        logger.warning("the replicas of this run are not known: %s", error)
+        return []
+    return found
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from diffedit_ray.diffusion.model import model_geometry, model_revision
 from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
 from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
 from diffedit_ray.pipeline.grouping import group_by_image
-from diffedit_ray.pipeline.guard import start_ledger
+from diffedit_ray.pipeline.guard import known_replicas, start_ledger
 from diffedit_ray.pipeline.interrupt import interruptible
 from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
 from diffedit_ray.pipeline.preflight import check_images, check_model, check_output
@@ -235,6 +235,7 @@ def _run(
             },
         )
         broken: Exception | None = None
+        ledger: Any = None
         try:
             if pending:
                 base_uri = manifest_folder(manifest)
@@ -249,6 +250,7 @@ def _run(
             summary.interrupted = True
         except Exception as error:
             summary.error, broken = _reason(error), error
+        summary.replicas = known_replicas(ledger)
         conclude(summary, scan, turns)
         summary.seconds = time.monotonic() - began
         ended = datetime.now(UTC).isoformat()

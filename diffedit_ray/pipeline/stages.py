@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from diffedit_ray.diffusion.framing import (
     pixel_alpha,
 )
 from diffedit_ray.errors import DiffEditError, ErrorCode, ForbiddenError, RowError
-from diffedit_ray.pipeline.guard import Guard
+from diffedit_ray.pipeline.guard import Guard, Replica
 from diffedit_ray.pipeline.rows import (
     PENDING,
     PICTURE_FIELDS,
@@ -178,15 +179,26 @@ class Edit:
 
         from diffedit_ray.diffusion.editor import DiffEditor
         from diffedit_ray.diffusion.model import LatentDiffusionModel
+        from diffedit_ray.diffusion.throughput import DEFAULT_BATCH, measure_unet_batch
 
         if threads is not None:
             torch.set_num_threads(threads)
-        self.editor = DiffEditor(
-            LatentDiffusionModel.load(source, device, job.dtype),
-            # padding to more than a batch would be work for nothing
-            unet_batch=min(64, job.batch_size) if job.reproducible else 64,
-            reproducible=job.reproducible,
-        )
+        model = LatentDiffusionModel.load(source, device, job.dtype)
+        unet_batch = job.unet_batch
+        rates: Mapping[int, float] = {}
+        if unet_batch is None and job.reproducible:  # padding to more than a batch would be work for nothing
+            unet_batch = min(DEFAULT_BATCH, job.batch_size)
+        elif unet_batch is None:
+            measured = measure_unet_batch(model)
+            unet_batch, rates = measured.batch, measured.rates
+        self.editor = DiffEditor(model, unet_batch=unet_batch, reproducible=job.reproducible)
+        if job.compile:
+            model.compile(self.editor.estimate.unet_batch)
+        if ledger is not None:
+            replica = Replica(
+                platform.node(), str(model.device), str(model.dtype), self.editor.estimate.unet_batch, rates
+            )
+            ledger.introduce.remote(replica)
         self.geometry, self.job, self.ledger = geometry, job, ledger
         self.slowest = 0.0
 

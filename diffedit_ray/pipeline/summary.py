@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diffedit_ray.dataset.scan import Reconciliation
+from diffedit_ray.pipeline.guard import Replica
 
 
 @dataclass
@@ -24,6 +25,7 @@ class JobSummary:
         interrupted: Whether it was stopped from outside.
         max_failed: The share of failed rows the user accepts.
         error: Why the run broke off, if it did.
+        replicas: The model replicas that worked, with the UNet batch each uses.
     """
 
     output: str
@@ -40,6 +42,7 @@ class JobSummary:
     interrupted: bool = False
     max_failed: float = 1.0
     error: str | None = None
+    replicas: list[Replica] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:

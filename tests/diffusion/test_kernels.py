@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffedit_ray.diffusion.kernels import CompiledUNet, compile_options, lay_out
+from diffedit_ray.diffusion.model import LatentDiffusionModel
+from diffedit_ray.errors import ModelError
+from tests.diffusion.helpers import HORSE, ZEBRA
+
+LATENT, TEXT = (4, 8, 8), (16, 128)
+
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def batch(model: LatentDiffusionModel, count: int, side: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    texts = model.embed_prompts([HORSE, ZEBRA])[torch.arange(count) % 2]
+    return torch.randn(count, 4, side, side, generator=generator), torch.arange(count) * 7 + 1, texts
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def traced(tiny_model: LatentDiffusionModel) -> CompiledUNet:
+    """Traced, padded and replayed as compiled code is, without the compiler."""
+    return CompiledUNet(tiny_model.unet, 8, LATENT, TEXT, backend="eager")
+
+
+def test_convolution_weights_lie_channels_last_on_cpus_and_gpus(tiny_model: LatentDiffusionModel) -> None:
+    for network in (tiny_model.unet, tiny_model.vae.encoder, tiny_model.vae.decoder):
+        assert network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    for device, moved in (("cuda", True), ("cpu", True), ("mps", False)):
+        convolution = torch.nn.Conv2d(8, 8, 3)
+        lay_out(convolution, torch.device(device))
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last) == moved
+
+
+def test_layout_changes_nothing_but_rounding(tiny_model: LatentDiffusionModel) -> None:
+    plain = copy.deepcopy(tiny_model)
+    for network in (plain.unet, plain.vae):
+        network.to(memory_format=torch.contiguous_format)
+    x, _, texts = batch(tiny_model, 3)
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(tiny_model.predict(x, 481, texts), plain.predict(x, 481, texts), **close)
+    torch.testing.assert_close(tiny_model.encode_images(pixels), plain.encode_images(pixels), **close)
+    torch.testing.assert_close(tiny_model.decode_latents(x), plain.decode_latents(x), **close)
+
+
+def test_tensors_come_out_as_they_went_in(tiny_model: LatentDiffusionModel) -> None:
+    x, _, texts = batch(tiny_model, 2)
+    for given in (x, x.to(memory_format=torch.channels_last)):
+        assert tiny_model.predict(given, 481, texts).is_contiguous()
+        assert tiny_model.decode_latents(given).is_contiguous()
+
+
+def test_attention_is_torchs_fused_one(tiny_model: LatentDiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.Size] = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query: Tensor, *args: object, **kwargs: object) -> Tensor:
+        calls.append(query.shape)
+        return fused(query, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    x, _, texts = batch(tiny_model, 2)
+    tiny_model.predict(x, 481, texts)
+    assert len(calls) == len(tiny_model.unet.attn_processors)
+
+
+@pytest.mark.parametrize(("count", "bucket"), [(1, 2), (2, 2), (3, 4), (5, 8), (8, 8), (9, None)])
+def test_a_batch_is_padded_to_the_next_size(
+    traced: CompiledUNet, tiny_model: LatentDiffusionModel, count: int, bucket: int | None
+) -> None:
+    assert traced.buckets == [2, 4, 8]
+    x, times, texts = batch(tiny_model, count)
+    assert traced.bucket(x, texts) == bucket
+    with torch.inference_mode():
+        expected = tiny_model.unet(x, times, texts).sample
+    output = traced(x, times, texts)
+    assert output.shape == x.shape
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_an_earlier_batch_left_in_the_padding_does_not_show(
+    traced: CompiledUNet, tiny_model: LatentDiffusionModel
+) -> None:
+    x, times, texts = batch(tiny_model, 3)
+    before = traced(x, times, texts).clone()
+    traced(torch.full((8, *LATENT), torch.nan), torch.zeros(8, dtype=torch.long), torch.zeros(8, *TEXT))
+    assert torch.equal(traced(x, times, texts), before)
+
+
+def test_nothing_is_compiled_after_the_start(traced: CompiledUNet, tiny_model: LatentDiffusionModel) -> None:
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for count in (1, 2, 5, 8, 20):
+            x, times, texts = batch(tiny_model, count)
+            traced(x.to(memory_format=torch.channels_last), times, texts[:1].expand(count, -1, -1))
+        x, times, texts = batch(tiny_model, 2, side=16)
+        assert traced.bucket(x, texts) is None
+        assert traced(x, times, texts).shape == (2, 4, 16, 16)
+
+
+def test_a_compiler_that_fails_is_a_model_error_that_names_the_way_out(tiny_model: LatentDiffusionModel) -> None:
+    with pytest.raises(ModelError, match=r"Invalid backend.*without --compile"):
+        CompiledUNet(tiny_model.unet, 8, LATENT, TEXT, backend="no-such-compiler")
+
+
+def test_graphs_on_gpus_and_packed_weights_on_cpus(tiny_model: LatentDiffusionModel) -> None:
+    assert compile_options(torch.device("cuda", 1)) == {"mode": "max-autotune"}
+    assert torch._inductor.list_mode_options()["max-autotune"]["triton.cudagraphs"]
+    (option,) = compile_options(torch.device("cpu"))["options"]
+    assert option in torch._inductor.list_options()
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
+def test_compiled_predictions_are_the_plain_ones(tiny_model: LatentDiffusionModel) -> None:
+    model = copy.copy(tiny_model)
+    model.compile(4)
+    for count in (1, 3):
+        x, _, texts = batch(tiny_model, count)
+        first = model.predict(x, 481, texts)
+        torch.testing.assert_close(first, tiny_model.predict(x, 481, texts), rtol=1e-4, atol=1e-5)
+        kept = first.clone()
+        model.predict(-x, 481, texts)
+        assert torch.equal(first, kept)
