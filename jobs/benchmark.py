@@ -32,8 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from diffedit_ray.demo import demo_model
+from diffedit_ray.diffusion.checkpoint import model_revision
 from diffedit_ray.diffusion.editor import DiffEditor
-from diffedit_ray.diffusion.model import LatentDiffusionModel, model_revision
+from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.evaluation.peer import build_peer, edit_with_peer
 from diffedit_ray.settings import EditSettings
 

@@ -21,7 +21,7 @@ from diffedit_ray.dataset.images import decode_image
 from diffedit_ray.dataset.manifest import RowPlanner, manifest_files, manifest_schema, match_columns
 from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.dataset.scan import scan_manifest
-from diffedit_ray.diffusion.model import model_geometry
+from diffedit_ray.diffusion.checkpoint import model_geometry
 from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
 from diffedit_ray.pipeline.rows import carried_fields, work_schema
 from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Store
