@@ -25,10 +25,15 @@ def tiny_model(tiny_folder: Path) -> LatentDiffusionModel:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    start_ray()
+def _ray_ends() -> Iterator[None]:
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def local_ray(_ray_ends: None) -> None:
+    # once for all modules, but for those that come after one with a cluster of its own
+    start_ray()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from diffedit_ray.cli import main
 from diffedit_ray.dataset import records, storage
 from diffedit_ray.dataset.lease import Lease
 from diffedit_ray.dataset.manifest import RowPlanner, manifest_schema, match_columns
-from diffedit_ray.diffusion.model import model_revision
+from diffedit_ray.diffusion.checkpoint import model_revision
 from diffedit_ray.settings import EditSettings, JobSettings
 
 ROOT = Path(__file__).parents[1]

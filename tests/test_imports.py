@@ -35,6 +35,13 @@ def test_the_stages_leave_torch_to_the_actor() -> None:
     assert _loaded_by("import diffedit_ray.pipeline.plan, diffedit_ray.pipeline.stages") == set()
 
 
+def test_the_driver_reads_a_checkpoint_without_torch() -> None:
+    # torch and diffusers cost it six seconds, also when there is nothing to do
+    tried = "import diffedit_ray.pipeline.job as job; from diffedit_ray.demo import demo_model"
+    tried += "; model = str(demo_model()); job.check_model(model), job.model_revision(model), job.model_geometry(model)"
+    assert _loaded_by(tried) == set()
+
+
 @pytest.mark.parametrize("name", diffedit_ray.__all__)
 def test_public_names_resolve(name: str) -> None:
     assert getattr(diffedit_ray, name).__name__ == name

@@ -165,7 +165,11 @@ def is_missing(error: BaseException) -> bool:
     status, _ = _answer(error)
     if status is not None:
         return status in (404, 410)
-    return isinstance(_causes(error)[-1], FileNotFoundError | NotADirectoryError)
+    causes = _causes(error)
+    if isinstance(causes[-1], KeyError) and len(causes) > 1:  # fsspec's stores in memory are dictionaries
+        causes.pop()
+    # of the others the last decides: fsspec calls a web server that cannot be reached a FileNotFoundError, too
+    return isinstance(causes[-1], FileNotFoundError | NotADirectoryError)
 
 
 def is_forbidden(error: BaseException) -> bool:

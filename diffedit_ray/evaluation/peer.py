@@ -12,7 +12,8 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEd
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffedit_ray.diffusion.model import LatentDiffusionModel, checkpoint_folder
+from diffedit_ray.diffusion.checkpoint import checkpoint_folder
+from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.settings import EditSettings
 
 

@@ -24,7 +24,7 @@ from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.dataset.run_config import check_config, versions
 from diffedit_ray.dataset.scan import Scan, Turns, scan_manifest
 from diffedit_ray.dataset.spans import read_span
-from diffedit_ray.diffusion.model import model_geometry, model_revision
+from diffedit_ray.diffusion.checkpoint import model_geometry, model_revision
 from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
 from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
 from diffedit_ray.pipeline.grouping import group_by_image

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from diffedit_ray.dataset import storage
 from diffedit_ray.dataset.identity import identity
-from diffedit_ray.diffusion.model import check_checkpoint
+from diffedit_ray.diffusion.checkpoint import check_checkpoint
 from diffedit_ray.errors import DiffEditError, ErrorCode, PreflightError, RowError
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from benchmarks.machine import machine
 from benchmarks.measure import Contestant, Measure, compare
 from benchmarks.random_weights import random_model
 from benchmarks.workload import Row, columns, demo_rows, five_queries, random_rows
+from diffedit_ray.diffusion.checkpoint import model_revision
 from diffedit_ray.diffusion.editor import DiffEditor
-from diffedit_ray.diffusion.model import LatentDiffusionModel, model_revision
+from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.evaluation.peer import build_peer, edit_with_peer
 from diffedit_ray.settings import EditSettings
 

@@ -28,7 +28,8 @@ from benchmarks.workload import Row, columns, demo_rows
 from diffedit_ray import EditSettings, JobSettings, run_edit_job
 from diffedit_ray.dataset.records import read_records
 from diffedit_ray.demo import demo_images, demo_manifest, demo_model, demo_scenes, demo_settings
-from diffedit_ray.diffusion.model import model_geometry, resolve_device
+from diffedit_ray.diffusion.checkpoint import model_geometry
+from diffedit_ray.diffusion.model import resolve_device
 from diffedit_ray.pipeline.cluster import start_ray
 from diffedit_ray.pipeline.stages import Edit
 

@@ -110,6 +110,17 @@ def test_what_happened_while_another_error_was_handled_is_not_its_reason() -> No
     assert not is_transient(error)
 
 
+def _from(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+def test_a_missing_file_is_told_from_a_server_out_of_reach() -> None:
+    assert is_missing(_from(FileNotFoundError("a"), KeyError("a")))
+    assert not is_missing(_from(FileNotFoundError("a"), ConnectionRefusedError()))
+    assert not is_missing(KeyError("a"))
+
+
 def test_missing_forbidden_and_bad() -> None:
     assert [is_missing(e) for e in (_s3("NoSuchKey", 404), _web(410), FileNotFoundError("a"), _web(503))] == [
         True, True, True, False,

@@ -98,7 +98,7 @@ def test_what_an_earlier_batch_left_in_the_padding_does_not_show(
 ) -> None:
     x, times, texts = batch(tiny_model, 3)
     before = traced(x, times, texts).clone()
-    traced(torch.full((8, *LATENT), torch.nan), torch.zeros(8, dtype=torch.long), torch.zeros(8, *TEXT))
+    traced(torch.full((4, *LATENT), torch.nan), torch.zeros(4, dtype=torch.long), torch.zeros(4, *TEXT))
     assert torch.equal(traced(x, times, texts), before)
 
 

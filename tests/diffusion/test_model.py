@@ -8,15 +8,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
+from diffedit_ray.diffusion.checkpoint import checkpoint_folder, model_geometry, model_revision
 from diffedit_ray.diffusion.framing import Geometry
-from diffedit_ray.diffusion.model import (
-    LatentDiffusionModel,
-    checkpoint_folder,
-    model_geometry,
-    model_revision,
-    resolve_device,
-    resolve_dtype,
-)
+from diffedit_ray.diffusion.model import LatentDiffusionModel, resolve_device, resolve_dtype
 from diffedit_ray.diffusion.schedule import CLEAN
 from diffedit_ray.errors import ModelError
 from tests.diffusion.helpers import HORSE, PEAR, ZEBRA, smooth_image

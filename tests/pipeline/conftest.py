@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffedit_ray.dataset import storage
-from diffedit_ray.diffusion.model import model_geometry
+from diffedit_ray.diffusion.checkpoint import model_geometry
 from diffedit_ray.pipeline.stages import Edit
 from diffedit_ray.settings import JobSettings
 from tests.pipeline.line import Line

@@ -11,7 +11,7 @@ import pyarrow as pa
 from diffedit_ray.dataset import records
 from diffedit_ray.dataset.manifest import RowPlanner, match_columns
 from diffedit_ray.dataset.records import OutputLayout
-from diffedit_ray.diffusion.model import model_geometry
+from diffedit_ray.diffusion.checkpoint import model_geometry
 from diffedit_ray.pipeline.plan import Plan
 from diffedit_ray.pipeline.rows import carried_fields
 from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Store

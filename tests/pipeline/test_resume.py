@@ -20,7 +20,7 @@ from diffedit_ray.dataset.manifest import RowPlanner, manifest_schema, match_col
 from diffedit_ray.dataset.recorded import read_recorded
 from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.dataset.scan import Scan, scan_manifest
-from diffedit_ray.diffusion.model import model_revision
+from diffedit_ray.diffusion.checkpoint import model_revision
 from diffedit_ray.errors import DiffEditError, ErrorCode, OutputError, WrongOutputError
 from diffedit_ray.pipeline import job as job_module
 from diffedit_ray.pipeline.job import conclude
