@@ -21,7 +21,9 @@ from diffedit_ray.dataset.images import decode_image
 from diffedit_ray.dataset.manifest import RowPlanner, manifest_files, manifest_schema, match_columns
 from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.dataset.scan import scan_manifest
-from diffedit_ray.diffusion.model import model_geometry
+from diffedit_ray.diffusion import throughput
+from diffedit_ray.diffusion.model import LatentDiffusionModel, model_geometry
+from diffedit_ray.diffusion.throughput import Throughput
 from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
 from diffedit_ray.pipeline.rows import carried_fields, work_schema
 from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Store
@@ -42,6 +44,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def edit(tiny_folder: Path) -> Edit:
     return Edit(str(tiny_folder), "cpu", 2, model_geometry(str(tiny_folder)), JobSettings(dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("job", "batch"),
+    [
+        ({}, 32),
+        ({"unet_batch": 3}, 3),
+        ({"reproducible": True, "batch_size": 5}, 8),
+        ({"reproducible": True, "batch_size": 500}, 64),
+        ({"reproducible": True, "unet_batch": 2}, 2),
+    ],
+)
+def test_the_unet_batch_is_measured_unless_it_is_given_or_must_not_depend_on_the_machine(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, job: dict[str, Any], batch: int
+) -> None:
+    compiled: list[int] = []
+    monkeypatch.setattr(throughput, "measure_unet_batch", lambda _: Throughput(32, {32: 9.0}))
+    monkeypatch.setattr(LatentDiffusionModel, "compile", lambda _, size: compiled.append(size))
+    geometry = model_geometry(str(tiny_folder))
+    assert Edit(str(tiny_folder), "cpu", 2, geometry, JobSettings(**job)).editor.unet_batch == batch
+    assert compiled == []
+    Edit(str(tiny_folder), "cpu", 2, geometry, JobSettings(**job, compile=True))
+    assert compiled == [batch]
 
 
 class Line:
