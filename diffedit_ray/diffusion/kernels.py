@@ -53,8 +53,8 @@ class CompiledUNet:
         self.unet: Any = unet
         self.buckets = sorted({-(-batch // 4), -(-batch // 2), batch})
         options = compile_options(unet.device) if backend == "inductor" else {}
-        self._compiled: Any = torch.compile(unet, dynamic=False, backend=backend, **options)
         try:
+            self._compiled: Any = torch.compile(unet, dynamic=False, backend=backend, **options)
             self._inputs = {size: self._warmed(size, latent, text) for size in self.buckets}
         except torch.OutOfMemoryError:
             raise

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffedit_ray.diffusion.kernels import CompiledUNet, compile_options, lay_out
@@ -25,16 +27,29 @@ def batch(model: LatentDiffusionModel, count: int, side: int = 8) -> tuple[Tenso
     return torch.randn(count, 4, side, side, generator=generator), torch.arange(count) * 7 + 1, texts
 
 
-@pytest.fixture(autouse=True)
-def _forget_compiled() -> Iterator[None]:
-    yield
-    torch.compiler.reset()
+@pytest.fixture(scope="module")
+def small_model(tiny_model: LatentDiffusionModel) -> LatentDiffusionModel:
+    """With a UNet of one level: tracing, and compiling even more, take time by the number of layers."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    return dataclasses.replace(tiny_model, unet=unet.eval().requires_grad_(False))
 
 
-@pytest.fixture
-def traced(tiny_model: LatentDiffusionModel) -> CompiledUNet:
+@pytest.fixture(scope="module")
+def traced(small_model: LatentDiffusionModel) -> Iterator[CompiledUNet]:
     """Traced, padded and replayed as compiled code is, without the compiler."""
-    return CompiledUNet(tiny_model.unet, 8, LATENT, TEXT, backend="eager")
+    yield CompiledUNet(small_model.unet, 8, LATENT, TEXT, backend="eager")
+    torch.compiler.reset()
 
 
 def test_convolution_weights_lie_channels_last_on_cpus_and_gpus(tiny_model: LatentDiffusionModel) -> None:
@@ -73,51 +88,51 @@ def test_attention_is_torchs_fused_one(tiny_model: LatentDiffusionModel, monkeyp
         calls.append(query.shape)
         return fused(query, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     x, _, texts = batch(tiny_model, 2)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     tiny_model.predict(x, 481, texts)
     assert len(calls) == len(tiny_model.unet.attn_processors)
 
 
 @pytest.mark.parametrize(("count", "bucket"), [(1, 2), (2, 2), (3, 4), (5, 8), (8, 8), (9, None)])
 def test_a_batch_is_padded_to_the_next_size(
-    traced: CompiledUNet, tiny_model: LatentDiffusionModel, count: int, bucket: int | None
+    traced: CompiledUNet, small_model: LatentDiffusionModel, count: int, bucket: int | None
 ) -> None:
     assert traced.buckets == [2, 4, 8]
-    x, times, texts = batch(tiny_model, count)
+    x, times, texts = batch(small_model, count)
     assert traced.bucket(x, texts) == bucket
     with torch.inference_mode():
-        expected = tiny_model.unet(x, times, texts).sample
+        expected = small_model.unet(x, times, texts).sample
     output = traced(x, times, texts)
     assert output.shape == x.shape
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_an_earlier_batch_left_in_the_padding_does_not_show(
-    traced: CompiledUNet, tiny_model: LatentDiffusionModel
+    traced: CompiledUNet, small_model: LatentDiffusionModel
 ) -> None:
-    x, times, texts = batch(tiny_model, 3)
+    x, times, texts = batch(small_model, 3)
     before = traced(x, times, texts).clone()
     traced(torch.full((4, *LATENT), torch.nan), torch.zeros(4, dtype=torch.long), torch.zeros(4, *TEXT))
     assert torch.equal(traced(x, times, texts), before)
 
 
-def test_nothing_is_compiled_after_the_start(traced: CompiledUNet, tiny_model: LatentDiffusionModel) -> None:
+def test_nothing_is_compiled_after_the_start(traced: CompiledUNet, small_model: LatentDiffusionModel) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for count in (1, 2, 5, 8, 20):
-            x, times, texts = batch(tiny_model, count)
+            x, times, texts = batch(small_model, count)
             traced(x.to(memory_format=torch.channels_last), times, texts[:1].expand(count, -1, -1))
-        x, times, texts = batch(tiny_model, 2, side=16)
+        x, times, texts = batch(small_model, 2, side=16)
         assert traced.bucket(x, texts) is None
         assert traced(x, times, texts).shape == (2, 4, 16, 16)
 
 
-def test_a_compiler_that_fails_is_a_model_error_that_names_the_way_out(tiny_model: LatentDiffusionModel) -> None:
+def test_a_compiler_that_fails_is_a_model_error_that_names_the_way_out(small_model: LatentDiffusionModel) -> None:
     with pytest.raises(ModelError, match=r"Invalid backend.*without --compile"):
-        CompiledUNet(tiny_model.unet, 8, LATENT, TEXT, backend="no-such-compiler")
+        CompiledUNet(small_model.unet, 8, LATENT, TEXT, backend="no-such-compiler")
 
 
-def test_graphs_on_gpus_and_packed_weights_on_cpus(tiny_model: LatentDiffusionModel) -> None:
+def test_graphs_on_gpus_and_packed_weights_on_cpus(small_model: LatentDiffusionModel) -> None:
     assert compile_options(torch.device("cuda", 1)) == {"mode": "max-autotune"}
     assert torch._inductor.list_mode_options()["max-autotune"]["triton.cudagraphs"]
     (option,) = compile_options(torch.device("cpu"))["options"]
@@ -125,13 +140,12 @@ def test_graphs_on_gpus_and_packed_weights_on_cpus(tiny_model: LatentDiffusionMo
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler here")
-def test_compiled_predictions_are_the_plain_ones(tiny_model: LatentDiffusionModel) -> None:
-    model = copy.copy(tiny_model)
-    model.compile(4)
-    for count in (1, 3):
-        x, _, texts = batch(tiny_model, count)
-        first = model.predict(x, 481, texts)
-        torch.testing.assert_close(first, tiny_model.predict(x, 481, texts), rtol=1e-4, atol=1e-5)
-        kept = first.clone()
-        model.predict(-x, 481, texts)
-        assert torch.equal(first, kept)
+def test_compiled_predictions_are_the_plain_ones_and_outlast_the_next_call(small_model: LatentDiffusionModel) -> None:
+    compiled = dataclasses.replace(small_model)
+    compiled.compile(1)
+    x, _, texts = batch(small_model, 1)
+    output = compiled.predict(x, 481, texts)
+    torch.testing.assert_close(output, small_model.predict(x, 481, texts), rtol=1e-4, atol=1e-5)
+    kept = output.clone()
+    assert not torch.equal(compiled.predict(-x, 481, texts), kept)
+    assert torch.equal(output, kept)

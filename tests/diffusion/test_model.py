@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
+from diffedit_ray.diffusion import model as model_module
 from diffedit_ray.diffusion.checkpoint import checkpoint_folder, model_geometry, model_revision
 from diffedit_ray.diffusion.framing import Geometry
 from diffedit_ray.diffusion.model import LatentDiffusionModel, resolve_device, resolve_dtype
@@ -183,6 +184,36 @@ def test_absent_devices_are_refused_and_auto_falls_back() -> None:
     with pytest.raises(ModelError, match="'cuda'"):
         resolve_device("cuda")
     assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_precision_on_a_gpu_is_bfloat16_if_it_is_not_emulated(
+    monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert resolve_dtype("auto", torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(("pixels", "seen"), [(1, [1, 1, 1]), (32 * 32 * 2, [2, 1]), (32 * 32 * 3, [3])])
+def test_the_autoencoder_sees_few_pixels_at_once(
+    tiny_model: LatentDiffusionModel, monkeypatch: pytest.MonkeyPatch, pixels: int, seen: list[int]
+) -> None:
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x0 = tiny_model.encode_images(images)
+    decoded = tiny_model.decode_latents(x0)
+    sizes: list[int] = []
+    hooks = [
+        part.register_forward_hook(lambda _module, args, _output: sizes.append(len(args[0])))
+        for part in (tiny_model.vae.encoder, tiny_model.vae.decoder)
+    ]
+    monkeypatch.setattr(model_module, "VAE_PIXELS", pixels)
+    try:
+        torch.testing.assert_close(tiny_model.encode_images(images), x0, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tiny_model.decode_latents(x0), decoded, rtol=1e-5, atol=1e-5)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sizes == seen * 2
 
 
 def test_auto_precision_on_a_cpu_is_full() -> None:

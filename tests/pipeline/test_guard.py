@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from diffedit_ray.errors import RowError
-from diffedit_ray.pipeline.guard import ROW_HOOK, Guard, Ledger, Trial, start_ledger
+from diffedit_ray.pipeline.guard import ROW_HOOK, Guard, Ledger, Replica, Trial, known_replicas, start_ledger
 from tests.pipeline.misbehave import FAULTS, HOOK
 
 Row = dict[str, Any]
@@ -64,6 +64,16 @@ def test_without_a_ledger_work_is_simply_done() -> None:
     Guard("edit", None, 1.0, 2, fail).run(rows, touch)
     assert [row["beside"] for row in rows] == [2, 2]
     Guard("edit", None, 1.0, 2, fail).run([], touch)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_replicas_are_known_for_as_long_as_the_ledger_answers() -> None:
+    ledger = start_ledger()
+    replica = Replica("node-1", "cpu", "torch.float32", 64, {32: 50.0, 64: 60.0})
+    ray.get(ledger.introduce.remote(replica))
+    assert known_replicas(ledger) == [replica]
+    ray.kill(ledger)
+    assert known_replicas(ledger) == known_replicas(None) == []
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -216,6 +216,9 @@ class TestFirstRun:
         assert {"diffedit_ray", "torch", "ray", "python"} <= set(config["versions"])
         assert config["started_at"] < summary["ended_at"]
         assert (summary["rows"], summary["edited"], summary["failed"], summary["exit_code"]) == (8, 4, 3, 0)
+        (replica,) = summary["replicas"]
+        assert (replica["device"], replica["dtype"]) == ("cpu", "torch.float32")
+        assert replica["rates"][str(replica["unet_batch"])] > 0
 
 
 class TestSecondRun:

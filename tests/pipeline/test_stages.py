@@ -19,6 +19,10 @@ from diffedit_ray.dataset.images import decode_image
 from diffedit_ray.dataset.manifest import RowPlanner, manifest_files, manifest_schema, match_columns
 from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.dataset.scan import scan_manifest
+from diffedit_ray.diffusion import throughput
+from diffedit_ray.diffusion.checkpoint import model_geometry
+from diffedit_ray.diffusion.model import LatentDiffusionModel
+from diffedit_ray.diffusion.throughput import Throughput
 from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
 from diffedit_ray.pipeline.rows import carried_fields, work_schema
 from diffedit_ray.pipeline.stages import Edit, Fetch, Store
@@ -27,6 +31,29 @@ from tests.pipeline.line import Line, statuses
 from tests.pipeline.rows import QUICK, picture, read, row
 from tests.services.proxy import Fault, FaultyProxy
 from tests.services.s3 import S3Server
+
+
+@pytest.mark.parametrize(
+    ("job", "batch"),
+    [
+        ({}, 32),
+        ({"unet_batch": 3}, 3),
+        ({"reproducible": True, "batch_size": 5}, 8),
+        ({"reproducible": True, "batch_size": 500}, 64),
+        ({"reproducible": True, "unet_batch": 2}, 2),
+    ],
+)
+def test_the_unet_batch_is_measured_unless_it_is_given_or_must_not_depend_on_the_machine(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, job: dict[str, Any], batch: int
+) -> None:
+    compiled: list[int] = []
+    monkeypatch.setattr(throughput, "measure_unet_batch", lambda _: Throughput(32, {32: 9.0}))
+    monkeypatch.setattr(LatentDiffusionModel, "compile", lambda _, size: compiled.append(size))
+    geometry = model_geometry(str(tiny_folder))
+    assert Edit(str(tiny_folder), "cpu", 2, geometry, JobSettings(**job)).editor.estimate.unet_batch == batch
+    assert compiled == []
+    Edit(str(tiny_folder), "cpu", 2, geometry, JobSettings(**job, compile=True))
+    assert compiled == [batch]
 
 
 def _only(part: str, fault: Fault) -> Callable[[str, str], tuple[Fault | None, float]]:
