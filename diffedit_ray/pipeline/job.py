@@ -307,6 +307,9 @@ def _edited_rows(
 
     spans = span_rows(scan.pending_spans(turns))
     ds = ray.data.from_items(spans, override_num_blocks=len(spans))
+    # Ray would cut a batch of large pictures at a size that depends on which of them have failed, and a task that
+    # is run again for a lost node must give as many blocks as before
+    ds.context.target_max_block_size = None
     plan = PlanPending(Plan(scan.planner, model), schema, ray.put(turns), job)
     return _edited(ds, plan, model, job, base_uri, ledger, int(np.count_nonzero(turns)))
 

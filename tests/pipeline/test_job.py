@@ -396,3 +396,17 @@ def test_an_empty_manifest_is_done_at_once(tiny_folder: Path, tmp_path: Path) ->
     summary = run_edit_job(tmp_path / "m.parquet", tmp_path / "out", model=tiny_folder)
     assert (summary.rows, summary.exit_code) == (0, 0)
     assert (tmp_path / "out" / "_run" / "summary.json").exists()
+
+
+def test_a_batch_is_one_block_and_one_record_file_however_large(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 1000)
+    monkeypatch.setattr(job_module, "compact", lambda output: None)  # which would merge them
+    Image.fromarray(picture(1, 32, 32)).save(tmp_path / "a.png")
+    rows = [row("a.png", f"a cat {i}") for i in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
+    output = tmp_path / "out"
+    job = JobSettings(batch_size=3)
+    assert run_edit_job(tmp_path / "m.parquet", output, model=tiny_folder, settings=QUICK, job=job).edited == 6
+    assert [pq.read_metadata(file).num_rows for file in (output / "records").iterdir()] == [3, 3]
