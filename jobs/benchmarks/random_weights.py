@@ -140,7 +140,8 @@ def build_parts(name: str, *, shrunken: bool = False) -> Parts:
 
     Args:
         name: A key of `ARCHITECTURES`.
-        shrunken: A tenth of the UNet's width and an eighth of the side, to run the same code on a small machine.
+        shrunken: A tenth of the UNet's width, at most two transformers a block and an eighth of the side, to run the
+            same code on a small machine.
     """
     a = ARCHITECTURES[name]
     unet = {"sample_size": a.native, "block_out_channels": (320, 640, 1280, 1280), **a.unet}
@@ -149,6 +150,8 @@ def build_parts(name: str, *, shrunken: bool = False) -> Parts:
     if shrunken:
         unet["sample_size"] //= 8
         unet["block_out_channels"] = tuple(width // SHRINK for width in unet["block_out_channels"])
+        if "transformer_layers_per_block" in unet:
+            unet["transformer_layers_per_block"] = tuple(min(2, n) for n in unet["transformer_layers_per_block"])
         if isinstance(unet["attention_head_dim"], tuple):
             unet["attention_head_dim"] = tuple(max(1, heads // SHRINK) for heads in unet["attention_head_dim"])
         vae = {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 8}
