@@ -64,6 +64,7 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--only", type=_names, default=list(CONTESTANTS), help=f"of {','.join(CONTESTANTS)}")
     command.add_argument("--batch", type=int, help="rows our editor gets at once; else all")
     command.add_argument("--unet-batch", type=int, default=64, help="latents our UNet calls see at once, at most")
+    command.add_argument("--compile", action="store_true", help="compile our UNet")
     command.add_argument("--peer-batch", type=int, default=5, help="images diffusers gets at once, where in batches")
     _on_a_device(command)
     command.add_argument("--profile", action="store_true", help="the longest kernels, and the share of the matmul peak")

@@ -75,6 +75,11 @@ class CompiledUNet:
             self._compiled(*inputs)
         return inputs
 
+    @property
+    def module(self) -> nn.Module:
+        """The compiled network."""
+        return self._compiled  # type: ignore[no-any-return]
+
     def bucket(self, latents: Tensor, embeddings: Tensor) -> int | None:
         """The batch size that this batch is padded to; none where it runs uncompiled."""
         size = next((size for size in self.buckets if size >= len(latents)), None)

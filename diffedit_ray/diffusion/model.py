@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffedit_ray.diffusion.checkpoint import checkpoint_folder, geometry_of
@@ -179,6 +179,11 @@ class LatentDiffusionModel:
         else:
             output = self._compiled(latents, times, embeddings).clone()
         return output.float().contiguous()  # type: ignore[no-any-return]
+
+    @property
+    def denoisers(self) -> list[nn.Module]:
+        """The UNet and, if there is one, its compiled form: every evaluation is a call of one of them."""
+        return [self.unet, *([self._compiled.module] if self._compiled else [])]
 
     def compile(self, batch: int) -> None:
         """Compile the UNet for latents of the model's own size, at most `batch` at once; takes minutes.

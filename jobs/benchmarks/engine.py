@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -37,14 +38,25 @@ def fast_settings(settings: EditSettings) -> EditSettings:
     return fast
 
 
+def as_loaded(model: LatentDiffusionModel) -> LatentDiffusionModel:
+    """A copy with its weights in memory as diffusers loads them."""
+    layout = torch.contiguous_format
+    vae, unet = (copy.deepcopy(network).to(memory_format=layout) for network in (model.vae, model.unet))
+    return replace(model, vae=vae, unet=unet)
+
+
 def contestants_for(
-    model: LatentDiffusionModel, scheduler: dict[str, Any] | None, settings: EditSettings, args: argparse.Namespace
+    model: LatentDiffusionModel,
+    plain: LatentDiffusionModel,
+    scheduler: dict[str, Any] | None,
+    settings: EditSettings,
+    args: argparse.Namespace,
 ) -> dict[str, tuple[Contestant, Callable[[EditSettings], Any]]]:
     """Those that are asked for, each with a way to run it under other settings."""
     make = random_rows if args.random_images or args.random_weights else demo_rows
     rows = make(args.images, model.geometry.native)
     grouped = five_queries(rows)
-    peer = build_peer(model, scheduler)
+    peer = build_peer(plain, scheduler)
     editor = DiffEditor(model, settings, unet_batch=args.unet_batch)
 
     def theirs(batch: int | None) -> Callable[[EditSettings], Any]:
@@ -87,10 +99,14 @@ def engine(args: argparse.Namespace) -> None:
         model, scheduler = random_model(args.random_weights, args.device, args.dtype, shrunken=args.shrink)
     else:
         model = LatentDiffusionModel.load(args.model, args.device, args.dtype)
+    # the peer runs as its documentation shows, not on weights that we have laid out or compiled
+    plain = as_loaded(model)
+    if args.compile:
+        model.compile(args.unet_batch)
     # without the gate, so that each of our rows pays for all three steps as each of the peer's does
     settings = EditSettings(steps=args.steps, mask_significance=0)
-    chosen = contestants_for(model, scheduler, settings, args)
-    watched = kernels.networks(model)
+    chosen = contestants_for(model, plain, scheduler, settings, args)
+    watched = kernels.networks(model, plain)
     for contestant, run in chosen.values():
         # the first call pays for lazy set-up that no later one does, at these very shapes
         print(f"warming up: {contestant.name}", file=sys.stderr)
@@ -133,6 +149,7 @@ def report(
         "repeats": args.repeats,
         "batch": args.batch,
         "unet_batch": args.unet_batch,
+        "compiled": args.compile,
         "native": model.geometry.native,
         "settings": settings.model_dump(),
         "model": model.source,

@@ -18,9 +18,13 @@ PEAK_SECONDS = 2.0
 """How long the peak is looked for."""
 
 
-def networks(model: LatentDiffusionModel) -> dict[str, nn.Module]:
-    """The parts whose work is counted; the text encoder's is a thousandth of it."""
-    return {"unet": model.unet, "vae_encoder": model.vae.encoder, "vae_decoder": model.vae.decoder}
+def networks(*models: LatentDiffusionModel) -> dict[str, list[nn.Module]]:
+    """The parts of some copies of a model whose work is counted; the text encoder's is a thousandth of it."""
+    return {
+        "unet": [network for model in models for network in model.denoisers],
+        "vae_encoder": [model.vae.encoder for model in models],
+        "vae_decoder": [model.vae.decoder for model in models],
+    }
 
 
 @torch.no_grad()

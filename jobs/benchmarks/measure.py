@@ -6,7 +6,7 @@ import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +40,8 @@ class Measure:
 
 
 @contextmanager
-def counted(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """The samples each of `networks` sees inside the block."""
+def counted(networks: Mapping[str, Sequence[nn.Module]]) -> Iterator[dict[str, int]]:
+    """The samples that the modules of each of `networks` see inside the block."""
     seen = dict.fromkeys(networks, 0)
 
     def watch(name: str, network: nn.Module) -> Any:
@@ -50,7 +50,7 @@ def counted(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
 
         return network.register_forward_hook(count, with_kwargs=True)
 
-    handles = [watch(name, network) for name, network in networks.items()]
+    handles = [watch(name, network) for name, copies in networks.items() for network in copies]
     try:
         yield seen
     finally:
@@ -123,7 +123,10 @@ class Contestant:
 
 
 def compare(
-    contestants: Mapping[str, Contestant], networks: Mapping[str, nn.Module], device: torch.device, repeats: int
+    contestants: Mapping[str, Contestant],
+    networks: Mapping[str, Sequence[nn.Module]],
+    device: torch.device,
+    repeats: int,
 ) -> dict[str, Measure]:
     """Time every contestant `repeats` times, interleaved, in turns that alternate who goes first.
 

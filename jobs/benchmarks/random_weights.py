@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffedit_ray.demo.training.denoiser import build_scheduler, build_tokenizer
+from diffedit_ray.diffusion.kernels import lay_out
 from diffedit_ray.diffusion.model import LatentDiffusionModel, resolve_device, resolve_dtype
 from diffedit_ray.diffusion.schedule import NoiseSchedule
 
@@ -199,6 +200,8 @@ def random_model(
         nn.Module.to(network, precision)
         fill(network.to_empty(device=target))
         network.eval().requires_grad_(False)
+    for network in (parts.unet, parts.vae):
+        lay_out(network, target)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = TOKENS
     model = LatentDiffusionModel(

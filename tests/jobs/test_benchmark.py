@@ -145,7 +145,7 @@ class TestRandomWeights:
 class TestMeasure:
     def test_samples_count_and_not_calls(self) -> None:
         layer = torch.nn.Conv2d(1, 1, 1)
-        with counted({"layer": layer}) as seen:
+        with counted({"layer": [layer]}) as seen:
             layer(torch.ones(3, 1, 2, 2))
             layer(torch.ones(2, 1, 2, 2))
         layer(torch.ones(7, 1, 2, 2))
