@@ -120,7 +120,7 @@ class JobSettings(_Settings):
     compile: bool = Field(
         False,
         description="Compile the UNet at start-up, for images of the model's own size: minutes that pay in long runs. "
-        "CPUs need a C++ compiler for it.",
+        "CPUs need a C++ compiler and Python's headers for it.",
     )
     min_actors: int = Field(1, ge=1, description="Model replicas kept at the least.")
     max_actors: int | None = Field(
