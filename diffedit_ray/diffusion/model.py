@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffedit_ray.diffusion.checkpoint import checkpoint_folder, geometry_of
+from diffedit_ray.diffusion.cores import Cores
 from diffedit_ray.diffusion.framing import Geometry
 from diffedit_ray.diffusion.kernels import CompiledUNet, lay_out
 from diffedit_ray.diffusion.schedule import NoiseSchedule
@@ -77,6 +78,7 @@ class LatentDiffusionModel:
     dtype: torch.dtype
     source: str = ""
     _compiled: CompiledUNet | None = field(default=None, init=False, repr=False)
+    _cores: Cores = field(default_factory=Cores, init=False, repr=False)
 
     @classmethod
     def load(cls, source: str | Path, device: str = "auto", dtype: str = "auto") -> LatentDiffusionModel:
@@ -151,7 +153,8 @@ class LatentDiffusionModel:
         latents = latents / self.vae.config["scaling_factor"] + (self.vae.config.get("shift_factor") or 0.0)
         pixels = latents.shape[2] * latents.shape[3] * self.geometry.factor**2
         parts = torch.split(latents.to(self.dtype), max(1, VAE_PIXELS // pixels))
-        return torch.cat([self.vae.decode(part).sample for part in parts]).float().clamp(-1, 1).contiguous()
+        decoded = [self._cores(lambda some: self.vae.decode(some).sample, part) for part in parts]
+        return torch.cat(decoded).float().clamp(-1, 1).contiguous()
 
     @torch.inference_mode()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -175,10 +178,10 @@ class LatentDiffusionModel:
         times = torch.as_tensor(time, device=self.device).clamp_min(0).expand(len(latents))
         latents = latents.to(self.dtype)
         if self._compiled is None:
-            output = self.unet(latents, times, embeddings).sample
+            output = self._cores(lambda *part: self.unet(*part).sample, latents, times, embeddings)
         else:
             output = self._compiled(latents, times, embeddings).clone()
-        return output.float().contiguous()  # type: ignore[no-any-return]
+        return output.float().contiguous()
 
     @property
     def denoisers(self) -> list[nn.Module]:

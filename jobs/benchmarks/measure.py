@@ -43,10 +43,11 @@ class Measure:
 def counted(networks: Mapping[str, Sequence[nn.Module]]) -> Iterator[dict[str, int]]:
     """The samples that the modules of each of `networks` see inside the block."""
     seen = dict.fromkeys(networks, 0)
+    calls: list[tuple[str, int]] = []  # which threads may append to at the same time
 
     def watch(name: str, network: nn.Module) -> Any:
         def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-            seen[name] += len(args[0] if args else kwargs["sample"])
+            calls.append((name, len(args[0] if args else kwargs["sample"])))
 
         return network.register_forward_hook(count, with_kwargs=True)
 
@@ -56,6 +57,8 @@ def counted(networks: Mapping[str, Sequence[nn.Module]]) -> Iterator[dict[str, i
     finally:
         for handle in handles:
             handle.remove()
+        for name, samples in calls:
+            seen[name] += samples
 
 
 @contextmanager
