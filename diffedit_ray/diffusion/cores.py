@@ -16,9 +16,8 @@ LEAST_SAMPLES = 8
 class Cores:
     """Calls a network on parts of a batch at the same time, each part on cores of its own.
 
-    Torch by itself has all cores work on one layer and wait for each other after it. A quarter more samples a second
-    come from letting each go through the whole network alone; measured on two cores by
-    `jobs/benchmark.py engine`.
+    Torch by itself has all cores work on one layer and wait for each other after it; here each goes through the whole
+    network alone.
     """
 
     def __init__(self) -> None:
