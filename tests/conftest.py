@@ -53,6 +53,15 @@ def web_files() -> Iterator[FileServer]:
         yield server
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests that look at single calls of a network: with more threads each gets its part of a batch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(2)

@@ -24,6 +24,9 @@ class Cores:
         self._pool: ThreadPoolExecutor | None = None
         self._shape = (0, 0)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cores:
+        return Cores()  # threads cannot be copied, and a copy finds its own
+
     def parts(self, samples: int) -> int:
         """Into how many parts a batch goes: a power of two, so that even parts of a power of two are powers of two."""
         most = min(torch.get_num_threads(), samples // LEAST_SAMPLES)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ class LatentDiffusionModel:
             tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
             scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"{folder}: cannot load the checkpoint: {error}") from error
+            # one line: what a worker raises is told by the last of its traceback
+            raise ModelError(f"{folder}: cannot load the checkpoint: {shorten(str(error), 400)}") from error
         for part in parts.values():
             part.to(target).eval().requires_grad_(False)
         for network in ("vae", "unet"):

@@ -19,6 +19,7 @@ import pytest
 import s3fs
 
 from diffedit_ray.dataset import records, storage
+from diffedit_ray.dataset.compaction import compact
 from diffedit_ray.dataset.manifest import manifest_files, manifest_folder, manifest_schema
 from diffedit_ray.dataset.spans import iterate_spans
 from diffedit_ray.errors import ErrorCode, ForbiddenError, ManifestError, OutputError, RowError
@@ -211,7 +212,7 @@ class TestFaults:
         expected = {r["id"]: r["seed"] for r in rows}
         read = records.read_records(layout.root).to_pylist()
         assert {r["id"]: r["seed"] for r in read} == expected
-        assert records.compact(layout.root) == 30
+        assert compact(layout.root) == 30
         assert len(storage.list_files(layout.records, ".parquet")) == 1
         assert {r["id"]: r["seed"] for r in records.read_records(layout.root).to_pylist()} == expected
         assert sum(proxy.injected.values()) >= 3

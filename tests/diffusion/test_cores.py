@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 
@@ -62,3 +63,9 @@ def test_predictions_are_those_of_one_call(tiny_model: LatentDiffusionModel) -> 
     torch.testing.assert_close(tiny_model.predict(x, times, texts), expected, rtol=1e-4, atol=1e-5)
     decoded = tiny_model.decode_latents(x)
     torch.testing.assert_close(decoded[12:], tiny_model.decode_latents(x[12:]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_has_worked_can_be_copied(tiny_model: LatentDiffusionModel) -> None:
+    x, texts = torch.zeros(16, 4, 8, 8), tiny_model.embed_prompts([""]).expand(16, -1, -1)
+    expected = tiny_model.predict(x, 481, texts)
+    torch.testing.assert_close(copy.deepcopy(tiny_model).predict(x, 481, texts), expected)

@@ -87,7 +87,7 @@ def test_a_limit_is_kept() -> None:
 
 
 def test_measuring_runs_the_unet_on_latents_of_its_own_size(
-    tiny_model: LatentDiffusionModel, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LatentDiffusionModel, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     shapes: list[torch.Size] = []
     handle = tiny_model.unet.register_forward_hook(lambda _module, args, _output: shapes.append(args[0].shape))
