@@ -204,7 +204,8 @@ def print_account(found: dict[str, Any]) -> None:
     console.print(
         f"bare engine {found['bare_edits_per_second']:.3f} edits/s, whole job {found['job_edits_per_second']:.3f} "
         f"edits/s from its first batch to its end: [bold]{100 * found['ratio']:.1f} %[/bold] of the bare engine "
-        f"({found['rows']} rows, {found['edited']} of them edited, batches of {found['batch']})"
+        f"({found['rows']} rows, {found['edited']} of them edited, batches of {found['batch']})",
+        soft_wrap=True,  # a sentence to search for must not break where the figures are long
     )
     table = Table("start-up", "seconds")
     for name, seconds in found["start_up"].items():
