@@ -357,7 +357,7 @@ class DiffEditor:
         each = self._settings(settings, len(x0))
         solver = Solver(self.model.schedule, [s.solver for s in each])
         grids = [self.model.schedule.path(s.steps, s.encoding_ratio) for s in each]
-        paths = [Path([], [x]) for x in x0]
+        paths = [Path(times, [x]) for times, x in zip(grids, x0, strict=True)]
         for k in range(1, max(map(len, grids))):
             rows = [i for i, times in enumerate(grids) if k < len(times)]
             start, end = [grids[i][k - 1] for i in rows], [grids[i][k] for i in rows]
@@ -366,7 +366,7 @@ class DiffEditor:
             x = solver.step(rows, x, self.estimate(x, end, [""] * len(rows)), start, end)
             for i, x_t in zip(rows, x, strict=True):
                 paths[i].latents.append(x_t)
-        return [Path(times, path.latents) for times, path in zip(grids, paths, strict=True)]
+        return paths
 
     def decode(
         self,

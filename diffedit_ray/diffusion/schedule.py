@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,8 +94,11 @@ class NoiseSchedule:
 
     def alpha(self, time: int | Sequence[int]) -> Tensor:
         """ᾱ at a training time, or of the clean image at `CLEAN`: float32, 0-d; (B, 1, 1, 1) for B times."""
-        table = torch.cat([self.alphas, self.clean_alpha.reshape(1)])  # CLEAN, which is -1, finds the last
-        return table[time] if isinstance(time, int) else table[list(time)][:, None, None, None]
+        return self._table[time] if isinstance(time, int) else self._table[list(time)][:, None, None, None]
+
+    @cached_property
+    def _table(self) -> Tensor:
+        return torch.cat([self.alphas, self.clean_alpha.reshape(1)])  # CLEAN, which is -1, finds the last
 
     def path(self, steps: int, ratio: float) -> list[int]:
         """`CLEAN` and then the grid's times up to `ratio` of it: what encoding walks up and decoding down."""
