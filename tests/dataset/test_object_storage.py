@@ -116,20 +116,22 @@ class TestAtomicity:
     def test_a_reader_sees_all_of_a_file_or_the_one_before(self, root: str) -> None:
         contents = [bytes([i]) * 300_000 for i in range(2)]
         storage.write_bytes(f"{root}/a", contents[0])
-        done = threading.Event()
+        written, read_enough = 0, threading.Event()
 
         def write() -> None:
-            for i in range(40):
-                storage.write_bytes(f"{root}/a", contents[i % 2])
-            done.set()
+            nonlocal written
+            while not read_enough.is_set():
+                storage.write_bytes(f"{root}/a", contents[written % 2])
+                written += 1
 
         writer = threading.Thread(target=write)
         writer.start()
         seen = []
-        while not done.is_set():
+        while len(seen) < 20 or (written < 20 and writer.is_alive()):
             seen.append(storage.read_bytes(f"{root}/a", max_bytes=10**6) in contents)
+        read_enough.set()
         writer.join()
-        assert len(seen) > 5
+        assert written >= 20
         assert all(seen)
 
     def test_a_file_of_several_parts_appears_once_it_is_whole(self, root: str, s3: S3Server, bucket: str) -> None:

@@ -212,9 +212,9 @@ class TestScaling:
             assert run["utilisation"] <= 1
             # how busy they are is the machine's affair, that each batch has slept is ours
             assert run["utilisation"] * run["replicas"] * run["elapsed"] >= run["batches"] * 0.3
-            # the clock of other processes' CPU ticks every 10 ms, which may be more than they did
+            # the clock of a process's CPU ticks every 10 ms, which may be more than these few batches took
             assert set(run["cpu"]) == {"driver", "ledger", "gcs"}
-            assert 0 < run["cpu"]["driver"] < 5
+            assert all(0 <= seconds < 5 for seconds in run["cpu"].values())
         driver = found["extrapolated"]["driver"]
         assert driver["cores"] == pytest.approx(found["runs"][1]["cpu"]["driver"] * 100 / 0.3)
         assert "Extrapolated, not run: 100 replicas" in output
