@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,9 +27,14 @@ class Cores:
     def __deepcopy__(self, memo: dict[int, Any]) -> Cores:
         return Cores()  # threads cannot be copied, and a copy finds its own
 
-    def parts(self, samples: int) -> int:
-        """Into how many parts a batch goes: a power of two, so that even parts of a power of two are powers of two."""
-        most = min(torch.get_num_threads(), samples // LEAST_SAMPLES)
+    def parts(self, samples: int, least: int = LEAST_SAMPLES) -> int:
+        """Into how many parts a batch goes: a power of two, so that even parts of a power of two are powers of two.
+
+        Args:
+            samples: Of the batch.
+            least: What a part must have.
+        """
+        most = min(torch.get_num_threads(), samples // least)
         return 1 << (most.bit_length() - 1) if most > 1 else 1
 
     def __call__(self, network: Callable[..., Tensor], *batch: Tensor) -> Tensor:
@@ -39,13 +44,23 @@ class Cores:
             network: Takes parts of `batch` and returns as many samples.
             batch: Tensors of the same length.
         """
-        parts = self.parts(len(batch[0]))
-        if parts == 1 or batch[0].device.type != "cpu":
-            return network(*batch)
-        pool = self._workers(parts)
+        parts = self.parts(len(batch[0])) if batch[0].device.type == "cpu" else 1
         pieces = zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True)
+        return torch.cat(self.map(network, pieces, parts))
+
+    def map(self, network: Callable[..., Tensor], pieces: Iterable[tuple[Tensor, ...]], parts: int) -> list[Tensor]:
+        """``[network(*piece) for piece in pieces]``, `parts` of them at a time.
+
+        Args:
+            network: Called without gradients, by `parts` threads which have torch's threads divided among them.
+            pieces: Batches.
+            parts: 1 is this thread, with all of torch's.
+        """
+        if parts == 1:
+            return [_infer(network, piece) for piece in pieces]
+        pool = self._workers(parts)
         futures = [pool.submit(_infer, network, piece) for piece in pieces]
-        return torch.cat([future.result() for future in futures])
+        return [future.result() for future in futures]
 
     def _workers(self, parts: int) -> ThreadPoolExecutor:
         shape = (parts, max(1, torch.get_num_threads() // parts))
@@ -59,5 +74,5 @@ class Cores:
 
 
 @torch.inference_mode()
-def _infer(network: Callable[..., Tensor], piece: tuple[Any, ...]) -> Tensor:
+def _infer(network: Callable[..., Tensor], piece: tuple[Tensor, ...]) -> Tensor:
     return network(*piece)

@@ -46,8 +46,8 @@ class Estimator:
         if self.reproducible:
             padding = torch.arange(n + -n % size, device=x.device).clamp_max(n - 1)
             x, t, which = x[padding], t[padding], which[padding.to(which.device)]
-        # even parts: a full one and a rest of one latent would cost nearly two full ones
-        parts = zip(*(part.tensor_split(-(-len(x) // size)) for part in (x, t, which)), strict=True)
+        calls = self.model.calls(len(x), size)
+        parts = zip(*(torch.split(part, calls) for part in (x, t, which)), strict=True)
         return torch.cat([self.model.predict(latents, at, table[text]) for latents, at, text in parts])[:n]
 
     def embed(self, texts: Sequence[str]) -> Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 
+from diffedit_ray.diffusion.cores import Cores
 from diffedit_ray.errors import ModelError
 
 
@@ -22,19 +27,63 @@ def compile_options(device: torch.device) -> dict[str, Any]:
     """What `torch.compile` is told on `device`."""
     if device.type == "cuda":
         return {"mode": "max-autotune"}  # which includes CUDA graphs
-    return {"options": {"freezing": True}}  # weights are packed once, for the kernels that will read them
+    # weights are packed once, for the kernels that will read them; a wrapper in C++ lets other threads run meanwhile,
+    # where Python's would make the cores wait for each other
+    return {"options": {"freezing": True, "cpp_wrapper": True}}
+
+
+class Turnstile:
+    """Lets one thread at a time choose compiled code, and any number run it.
+
+    Dynamo chooses by guards that keep notes while they are checked: two threads among them see each other's, and
+    either may find that nothing fits and compile again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = threading.local()
+
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Around a call of compiled code; the code itself ends the turn."""
+        self._lock.acquire()
+        self._inside.held = True
+        try:
+            yield
+        finally:
+            self._leave()  # what has to be compiled first may fail before there is code to run
+
+    def _leave(self) -> None:
+        if getattr(self._inside, "held", False):
+            self._inside.held = False
+            self._lock.release()
+
+    def backend(self, name: str, **options: Any) -> Callable[[Any, Any], Callable[..., Any]]:
+        """The backend of that name, making code that leaves the turnstile when it begins."""
+
+        def compile_graph(graph: Any, inputs: Any) -> Callable[..., Any]:
+            code = lookup_backend(name)(graph, inputs, **options)
+
+            def run(*args: Any) -> Any:
+                self._leave()
+                return code(*args)
+
+            return run
+
+        return compile_graph
 
 
 class CompiledUNet:
-    """A UNet compiled for a few batch sizes of one shape; smaller batches are padded, other shapes run uncompiled.
+    """A UNet compiled for a few batch sizes of one shape; all other batches run uncompiled.
 
-    Compiling takes a minute or more a shape, so what was not warmed up is never compiled in the middle of a run.
+    Compiling takes a minute or more a size, so nothing is ever compiled in the middle of a run.
 
     Args:
         unet: The network, with its weights in place.
-        batch: The largest batch it will see; the others are its half and its quarter.
+        batch: The largest batch it is compiled for; the others are its half and its quarter.
         latent: (C, h, w).
         text: (tokens, width).
+        cores: Among which batches are divided on a CPU.
         backend: What `torch.compile` calls to make code of the graph.
 
     Raises:
@@ -48,14 +97,25 @@ class CompiledUNet:
         latent: tuple[int, ...],
         text: tuple[int, ...],
         *,
+        cores: Cores | None = None,
         backend: str = "inductor",
     ) -> None:
         self.unet: Any = unet
-        self.buckets = sorted({-(-batch // 4), -(-batch // 2), batch})
+        self._cores = cores or Cores()
+        self._shapes = (latent, text)
+        self._parts = self._cores.parts(batch) if unet.device.type == "cpu" else 1
+        share = batch // self._parts
+        shares = {size for size in (share, share // 2, share // 4) if size}
+        self.sizes = sorted(self._parts * size for size in shares)
+        self._turnstile = Turnstile()
         options = compile_options(unet.device) if backend == "inductor" else {}
         try:
-            self._compiled: Any = torch.compile(unet, dynamic=False, backend=backend, **options)
-            self._inputs = {size: self._warmed(size, latent, text) for size in self.buckets}
+            chosen: Any = backend
+            if self._parts > 1:
+                patches = {"config_patches": options.pop("options")} if options else {}
+                chosen = self._turnstile.backend(backend, **patches)
+            self._compiled: Any = torch.compile(unet, dynamic=False, backend=chosen, **options)
+            self._inputs = {size: self._warmed(size) for size in shares}
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler's stack raises many unrelated types
@@ -63,38 +123,62 @@ class CompiledUNet:
             raise ModelError(f"the UNet cannot be compiled ({lines[0]}); run without --compile") from error
 
     @torch.inference_mode()
-    def _warmed(self, size: int, latent: tuple[int, ...], text: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """The tensors that batches of `size` are copied into: code is compiled for their strides and flags as well."""
+    def _warmed(self, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each part the tensors it is copied into: code is compiled for their strides and flags as well."""
         device, dtype = self.unet.device, self.unet.dtype
-        inputs = (
-            torch.zeros(size, *latent, device=device, dtype=dtype),
-            torch.zeros(size, device=device, dtype=torch.long),
-            torch.zeros(size, *text, device=device, dtype=dtype),
-        )
+        latent, text = self._shapes
+        inputs = [
+            (
+                torch.zeros(size, *latent, device=device, dtype=dtype),
+                torch.zeros(size, device=device, dtype=torch.long),
+                torch.zeros(size, *text, device=device, dtype=dtype),
+            )
+            for _ in range(self._parts)
+        ]
         for _ in range(3):  # CUDA graphs are recorded on the second call and replayed from the third
-            self._compiled(*inputs)
+            # one after the other, on the thread that will call it: code is compiled for a thread's settings, too
+            for held in inputs:
+                self._cores.map(self._sample, [held], self._parts)
         return inputs
+
+    def _sample(self, latents: Tensor, times: Tensor, embeddings: Tensor) -> Tensor:
+        with self._turnstile.choosing():
+            return self._compiled(latents, times, embeddings).sample  # type: ignore[no-any-return]
 
     @property
     def module(self) -> nn.Module:
         """The compiled network."""
         return self._compiled  # type: ignore[no-any-return]
 
-    def bucket(self, latents: Tensor, embeddings: Tensor) -> int | None:
-        """The batch size that this batch is padded to; none where it runs uncompiled."""
-        size = next((size for size in self.buckets if size >= len(latents)), None)
-        if size is None:
-            return None
-        x, _, texts = self._inputs[size]
-        return size if (x.shape[1:], texts.shape[1:]) == (latents.shape[1:], embeddings.shape[1:]) else None
+    def split(self, samples: int, most: int) -> list[int]:
+        """The sizes of calls that `samples` latents go in: as many as possible of those that are compiled.
+
+        Args:
+            samples: How many there are.
+            most: The largest call allowed.
+        """
+        calls = []
+        for size in (size for size in reversed(self.sizes) if size <= most):
+            calls += [size] * (samples // size)
+            samples %= size
+        while samples:
+            calls.append(min(samples, most))
+            samples -= calls[-1]
+        return calls
+
+    def compiled_for(self, latents: Tensor, embeddings: Tensor) -> bool:
+        """Whether this batch runs compiled."""
+        return len(latents) in self.sizes and (latents.shape[1:], embeddings.shape[1:]) == self._shapes
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor, times: Tensor, embeddings: Tensor) -> Tensor:
         """(B, C, h, w), (B,) int64, (B, tokens, width) -> (B, C, h, w), which the next call may overwrite."""
-        size = self.bucket(latents, embeddings)
-        if size is None:
-            return self.unet(latents, times, embeddings).sample  # type: ignore[no-any-return]
-        inputs = self._inputs[size]
-        for held, given in zip(inputs, (latents, times, embeddings), strict=True):
-            held[: len(given)] = given
-        return self._compiled(*inputs).sample[: len(latents)]  # type: ignore[no-any-return]
+        if not self.compiled_for(latents, embeddings):
+            return self._cores(lambda *part: self.unet(*part).sample, latents, times, embeddings)
+        inputs = self._inputs[len(latents) // self._parts]
+        given = zip(*(tensor.tensor_split(self._parts) for tensor in (latents, times, embeddings)), strict=True)
+        for held, part in zip(inputs, given, strict=True):
+            for tensor, values in zip(held, part, strict=True):
+                tensor.copy_(values)
+        outputs = self._cores.map(self._sample, inputs, self._parts)
+        return outputs[0] if self._parts == 1 else torch.cat(outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -23,6 +23,8 @@ from diffedit_ray.errors import ModelError
 
 VAE_PIXELS = 1 << 20
 """Pixels the autoencoder sees at once, or else one image: at full resolution a few channels are a lot of memory."""
+CORE_PIXELS = 1 << 16
+"""Of them, pixels a CPU's core sees at once, or else one image: more do not fit into its cache."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -143,9 +145,11 @@ class LatentDiffusionModel:
 
         The mean, never a sample: the code of an image must not depend on chance.
         """
-        parts = torch.split(pixels, max(1, VAE_PIXELS // (pixels.shape[2] * pixels.shape[3])))
-        means = [self.vae.encode(part.to(self.device, self.dtype)).latent_dist.mode() for part in parts]
-        mean = torch.cat(means).float().contiguous()
+        pixels = pixels.to(self.device, self.dtype)
+        mean = self._by_image(
+            lambda some: self.vae.encode(some).latent_dist.mode(), pixels, pixels.shape[2] * pixels.shape[3]
+        )
+        mean = mean.float().contiguous()
         latents: Tensor = (mean - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config["scaling_factor"]
         return latents
 
@@ -154,9 +158,17 @@ class LatentDiffusionModel:
         """(B, C, h, w) float32 -> (B, 3, h·f, w·f) float32, clamped to [-1, 1]."""
         latents = latents / self.vae.config["scaling_factor"] + (self.vae.config.get("shift_factor") or 0.0)
         pixels = latents.shape[2] * latents.shape[3] * self.geometry.factor**2
-        parts = torch.split(latents.to(self.dtype), max(1, VAE_PIXELS // pixels))
-        decoded = [self._cores(lambda some: self.vae.decode(some).sample, part) for part in parts]
-        return torch.cat(decoded).float().clamp(-1, 1).contiguous()
+        decoded = self._by_image(lambda some: self.vae.decode(some).sample, latents.to(self.dtype), pixels)
+        return decoded.float().clamp(-1, 1).contiguous()
+
+    def _by_image(self, network: Callable[[Tensor], Tensor], batch: Tensor, pixels: int) -> Tensor:
+        """``network(batch)`` in parts that fit into memory, for samples that show so many pixels."""
+        done = []
+        for group in torch.split(batch, max(1, VAE_PIXELS // pixels)):
+            at_once = max(1, CORE_PIXELS // pixels) if group.device.type == "cpu" else len(group)
+            pieces = torch.split(group, at_once)
+            done += self._cores.map(network, [(piece,) for piece in pieces], self._cores.parts(len(pieces), 1))
+        return torch.cat(done)
 
     @torch.inference_mode()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -185,6 +197,14 @@ class LatentDiffusionModel:
             output = self._compiled(latents, times, embeddings).clone()
         return output.float().contiguous()
 
+    def calls(self, latents: int, most: int) -> list[int]:
+        """The sizes of the calls of `predict` that so many latents are best given to it in, none above `most`."""
+        if self._compiled is not None:
+            return self._compiled.split(latents, most)
+        # even ones: a full one and a rest of one latent would cost nearly two full ones
+        count = -(-latents // most)
+        return [latents // count + (i < latents % count) for i in range(count)]
+
     @property
     def denoisers(self) -> list[nn.Module]:
         """The UNet and, if there is one, its compiled form: every evaluation is a call of one of them."""
@@ -198,4 +218,4 @@ class LatentDiffusionModel:
         """
         side = self.geometry.native // self.geometry.factor
         latent, text = (self.unet.config["in_channels"], side, side), self.embed_prompts([""]).shape[1:]
-        self._compiled = CompiledUNet(self.unet, batch, latent, text)
+        self._compiled = CompiledUNet(self.unet, batch, latent, tuple(text), cores=self._cores)

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import shutil
 import sysconfig
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,8 +50,18 @@ def small_model(tiny_model: LatentDiffusionModel) -> LatentDiffusionModel:
 
 @pytest.fixture(scope="module")
 def traced(small_model: LatentDiffusionModel) -> Iterator[CompiledUNet]:
-    """Traced, padded and replayed as compiled code is, without the compiler."""
+    """Traced and replayed as compiled code is, without the compiler."""
     yield CompiledUNet(small_model.unet, 8, LATENT, TEXT, backend="eager")
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def traced_for_two(small_model: LatentDiffusionModel) -> Iterator[CompiledUNet]:
+    """The same for a batch that two threads divide between them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield CompiledUNet(small_model.unet, 32, LATENT, TEXT, backend="eager")
+    torch.set_num_threads(before)
     torch.compiler.reset()
 
 
@@ -96,37 +107,54 @@ def test_attention_is_torchs_fused_one(tiny_model: LatentDiffusionModel, monkeyp
     assert len(calls) == len(tiny_model.unet.attn_processors)
 
 
-@pytest.mark.parametrize(("count", "bucket"), [(1, 2), (2, 2), (3, 4), (5, 8), (8, 8), (9, None)])
-def test_a_batch_is_padded_to_the_next_size(
-    traced: CompiledUNet, small_model: LatentDiffusionModel, count: int, bucket: int | None
+@pytest.mark.parametrize(("count", "compiled"), [(1, False), (2, True), (3, False), (4, True), (8, True), (9, False)])
+def test_some_sizes_are_compiled_and_all_are_right(
+    traced: CompiledUNet, small_model: LatentDiffusionModel, count: int, compiled: bool
 ) -> None:
-    assert traced.buckets == [2, 4, 8]
+    assert traced.sizes == [2, 4, 8]
     x, times, texts = batch(small_model, count)
-    assert traced.bucket(x, texts) == bucket
+    assert traced.compiled_for(x, texts) == compiled
     with torch.inference_mode():
         expected = small_model.unet(x, times, texts).sample
-    output = traced(x, times, texts)
-    assert output.shape == x.shape
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(traced(x, times, texts), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_an_earlier_batch_left_in_the_padding_does_not_show(
-    traced: CompiledUNet, small_model: LatentDiffusionModel
+@pytest.mark.parametrize(
+    ("samples", "most", "calls"),
+    [(8, 8, [8]), (21, 8, [8, 8, 4, 1]), (7, 8, [4, 2, 1]), (9, 5, [4, 4, 1]), (3, 1, [1, 1, 1]), (0, 8, [])],
+)
+def test_latents_go_in_calls_of_compiled_sizes(traced: CompiledUNet, samples: int, most: int, calls: list[int]) -> None:
+    assert traced.split(samples, most) == calls
+
+
+def test_a_size_is_divided_among_the_cores(traced_for_two: CompiledUNet, small_model: LatentDiffusionModel) -> None:
+    assert traced_for_two.sizes == [8, 16, 32]
+    calls: list[tuple[str, int]] = []
+    handle = traced_for_two.module.register_forward_hook(
+        lambda _module, args, _output: calls.append((threading.current_thread().name[:5], len(args[0])))
+    )
+    for count, expected in ((16, [("cores", 8)] * 2), (12, [])):
+        calls.clear()
+        x, times, texts = batch(small_model, count)
+        with torch.inference_mode():
+            plain = small_model.unet(x, times, texts).sample
+        torch.testing.assert_close(traced_for_two(x, times, texts), plain, rtol=1e-5, atol=1e-5)
+        assert calls == expected
+    handle.remove()
+
+
+@pytest.mark.parametrize("threads", ["one", "two"])
+def test_nothing_is_compiled_after_the_start(
+    request: pytest.FixtureRequest, small_model: LatentDiffusionModel, threads: str
 ) -> None:
-    x, times, texts = batch(small_model, 3)
-    before = traced(x, times, texts).clone()
-    traced(torch.full((4, *LATENT), torch.nan), torch.zeros(4, dtype=torch.long), torch.zeros(4, *TEXT))
-    assert torch.equal(traced(x, times, texts), before)
-
-
-def test_nothing_is_compiled_after_the_start(traced: CompiledUNet, small_model: LatentDiffusionModel) -> None:
+    compiled = request.getfixturevalue("traced" if threads == "one" else "traced_for_two")
     with torch.compiler.set_stance("fail_on_recompile"):
-        for count in (1, 2, 5, 8, 20):
+        for count in (1, 2, 5, 8, 16, 20, 32):
             x, times, texts = batch(small_model, count)
-            traced(x.to(memory_format=torch.channels_last), times, texts[:1].expand(count, -1, -1))
-        x, times, texts = batch(small_model, 2, side=16)
-        assert traced.bucket(x, texts) is None
-        assert traced(x, times, texts).shape == (2, 4, 16, 16)
+            compiled(x.to(memory_format=torch.channels_last), times, texts[:1].expand(count, -1, -1))
+        x, times, texts = batch(small_model, 8, side=16)
+        assert not compiled.compiled_for(x, texts)
+        assert compiled(x, times, texts).shape == (8, 4, 16, 16)
 
 
 def test_a_compiler_that_fails_is_a_model_error_that_names_the_way_out(small_model: LatentDiffusionModel) -> None:
@@ -137,8 +165,9 @@ def test_a_compiler_that_fails_is_a_model_error_that_names_the_way_out(small_mod
 def test_graphs_on_gpus_and_packed_weights_on_cpus(small_model: LatentDiffusionModel) -> None:
     assert compile_options(torch.device("cuda", 1)) == {"mode": "max-autotune"}
     assert torch._inductor.list_mode_options()["max-autotune"]["triton.cudagraphs"]
-    (option,) = compile_options(torch.device("cpu"))["options"]
-    assert option in torch._inductor.list_options()
+    options = compile_options(torch.device("cpu"))["options"]
+    assert options["freezing"]
+    assert set(options) <= set(torch._inductor.list_options())
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler with Python's headers here")
