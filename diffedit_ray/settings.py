@@ -120,7 +120,8 @@ class JobSettings(_Settings):
     compile: bool = Field(
         False,
         description="Compile the UNet at start-up, for images of the model's own size: minutes that pay in long runs. "
-        "CPUs need a C++ compiler and Python's headers for it.",
+        "CPUs need a C++ compiler and Python's headers for it. Batches of other sizes than `unet_batch`, its half and "
+        "its quarter are cut into those and a rest that runs uncompiled.",
     )
     min_actors: int = Field(1, ge=1, description="Model replicas kept at the least.")
     max_actors: int | None = Field(
