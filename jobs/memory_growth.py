@@ -22,8 +22,9 @@ from PIL import Image
 from diffedit_ray.dataset.manifest import RowPlanner, match_columns
 from diffedit_ray.demo import demo_model
 from diffedit_ray.diffusion.checkpoint import model_geometry, model_revision
+from diffedit_ray.pipeline.edit import Edit
+from diffedit_ray.pipeline.fetch import Fetch
 from diffedit_ray.pipeline.plan import Plan
-from diffedit_ray.pipeline.stages import Edit, Fetch
 from diffedit_ray.settings import EditSettings, JobSettings
 
 QUICK = EditSettings(steps=2, mask_maps=1, mask_significance=0)

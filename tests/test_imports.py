@@ -32,7 +32,7 @@ def test_imports_nothing_heavy(statement: str) -> None:
 
 def test_the_stages_leave_torch_to_the_actor() -> None:
     # fetch and store tasks run in processes of their own: torch would cost each a second and 300 MB
-    assert _loaded_by("import diffedit_ray.pipeline.plan, diffedit_ray.pipeline.stages") == set()
+    assert _loaded_by("from diffedit_ray.pipeline import edit, fetch, plan, store") == set()
 
 
 def test_the_driver_reads_a_checkpoint_without_torch() -> None:

@@ -27,13 +27,15 @@ from diffedit_ray.dataset.spans import read_span
 from diffedit_ray.diffusion.checkpoint import model_geometry, model_revision
 from diffedit_ray.errors import DiffEditError, ManifestError, OutputError
 from diffedit_ray.pipeline.cluster import IO_CPUS, replicas, start_ray
+from diffedit_ray.pipeline.edit import Edit
+from diffedit_ray.pipeline.fetch import Fetch
 from diffedit_ray.pipeline.grouping import group_by_image
 from diffedit_ray.pipeline.guard import known_replicas, start_ledger
 from diffedit_ray.pipeline.interrupt import interruptible
 from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
 from diffedit_ray.pipeline.preflight import check_images, check_model, check_output
 from diffedit_ray.pipeline.rows import carried_fields, use_storage
-from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Store
+from diffedit_ray.pipeline.store import Collect, Store
 from diffedit_ray.pipeline.summary import JobSummary
 from diffedit_ray.settings import EditSettings, JobSettings
 

@@ -31,7 +31,7 @@ from diffedit_ray.demo import demo_images, demo_manifest, demo_model, demo_scene
 from diffedit_ray.diffusion.checkpoint import model_geometry
 from diffedit_ray.diffusion.model import resolve_device
 from diffedit_ray.pipeline.cluster import start_ray
-from diffedit_ray.pipeline.stages import Edit
+from diffedit_ray.pipeline.edit import Edit
 
 ENGINE = ("mask", "encode", "decode")
 STAGES = ("fetch", *ENGINE, "store")

@@ -7,7 +7,7 @@ import pytest
 
 from diffedit_ray.dataset import storage
 from diffedit_ray.diffusion.checkpoint import model_geometry
-from diffedit_ray.pipeline.stages import Edit
+from diffedit_ray.pipeline.edit import Edit
 from diffedit_ray.settings import JobSettings
 from tests.pipeline.line import Line
 from tests.pipeline.rows import save_pictures

@@ -12,9 +12,11 @@ from diffedit_ray.dataset import records
 from diffedit_ray.dataset.manifest import RowPlanner, match_columns
 from diffedit_ray.dataset.records import OutputLayout
 from diffedit_ray.diffusion.checkpoint import model_geometry
+from diffedit_ray.pipeline.edit import Edit
+from diffedit_ray.pipeline.fetch import Fetch
 from diffedit_ray.pipeline.plan import Plan
 from diffedit_ray.pipeline.rows import carried_fields
-from diffedit_ray.pipeline.stages import Collect, Edit, Fetch, Store
+from diffedit_ray.pipeline.store import Collect, Store
 from diffedit_ray.settings import EditSettings, JobSettings
 from tests.pipeline.rows import QUICK
 

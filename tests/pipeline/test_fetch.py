@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from diffedit_ray.dataset import storage
-from diffedit_ray.pipeline.stages import Fetch
+from diffedit_ray.pipeline.fetch import Fetch
 from diffedit_ray.settings import JobSettings
 from tests.pipeline.line import Line, statuses
 from tests.pipeline.rows import row
