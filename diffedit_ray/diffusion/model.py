@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffedit_ray.diffusion.checkpoint import checkpoint_folder, geometry_of
 from diffedit_ray.diffusion.cores import Cores
 from diffedit_ray.diffusion.framing import Geometry
-from diffedit_ray.diffusion.kernels import CompiledUNet, lay_out
+from diffedit_ray.diffusion.kernels import CompiledUNet, keep_freed_memory, lay_out
 from diffedit_ray.diffusion.schedule import NoiseSchedule
 from diffedit_ray.errors import ModelError
 
@@ -113,6 +113,8 @@ class LatentDiffusionModel:
             part.to(target).eval().requires_grad_(False)
         for network in ("vae", "unet"):
             lay_out(parts[network], target)
+        if target.type == "cpu":
+            keep_freed_memory()
         model = cls(
             **parts,
             tokenizer=tokenizer,

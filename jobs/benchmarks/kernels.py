@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -86,7 +87,9 @@ def top_kernels(run: Callable[[], Any], device: torch.device, count: int = 10) -
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, acc_events=True) as profiler:
+    # the cores' own threads too, which began before
+    config = _ExperimentalConfig(profile_all_threads=True)
+    with profile(activities=activities, acc_events=True, experimental_config=config) as profiler:
         run()
         _synchronise(device)
     kind = DeviceType.CUDA if cuda else DeviceType.CPU

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 import threading
 from collections.abc import Iterator
@@ -84,6 +86,33 @@ def test_layout_changes_nothing_but_rounding(tiny_model: LatentDiffusionModel) -
     torch.testing.assert_close(tiny_model.predict(x, 481, texts), plain.predict(x, 481, texts), **close)
     torch.testing.assert_close(tiny_model.encode_images(pixels), plain.encode_images(pixels), **close)
     torch.testing.assert_close(tiny_model.decode_latents(x), plain.decode_latents(x), **close)
+
+
+FREED = """
+import platform, resource, sys, torch
+from diffedit_ray.diffusion.kernels import keep_freed_memory
+kept = keep_freed_memory() if sys.argv[1] == "kept" else platform.libc_ver()[0] == "glibc"
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [torch.ones(6 << 20) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+counts = [faults() for _ in range(6)]
+print(min(counts[3:]) if kept else -1)
+"""
+
+
+def test_tensors_use_the_memory_that_others_have_freed() -> None:
+    def faults(how: str) -> int:
+        return int(
+            subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, check=True, text=True).stdout
+        )
+
+    fresh, kept = faults("plain"), faults("kept")
+    if -1 in (fresh, kept):
+        pytest.skip("another C library than glibc")
+    # 100 MB are 25,000 pages, unless the system gives out huge ones
+    assert kept < 100
+    assert kept < fresh
 
 
 def test_tensors_come_out_as_they_went_in(tiny_model: LatentDiffusionModel) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,15 @@ class TestMeasure:
         for group in (rows[:5], rows[5:10], rows[10:]):
             assert len({(row.reference, row.seed) for row in group}) == 1
             assert len({row.query for row in group}) == len(group)
+
+
+def test_what_threads_do_that_were_there_before_is_profiled_too() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(torch.get_num_threads).result()
+        found = kernels.top_kernels(
+            lambda: pool.submit(torch.mm, torch.ones(64, 64), torch.ones(64, 64)).result(), torch.device("cpu")
+        )
+    assert ("aten::mm", 1) in [(kernel["name"], kernel["calls"]) for kernel in found]
 
 
 class TestPipeline:
