@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sysconfig
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,30 +91,44 @@ def test_layout_changes_nothing_but_rounding(tiny_model: LatentDiffusionModel) -
 
 
 FREED = """
-import platform, resource, sys, torch
+import ctypes, json, platform, resource, sys, torch
 from diffedit_ray.diffusion.kernels import keep_freed_memory
-kept = keep_freed_memory() if sys.argv[1] == "kept" else platform.libc_ver()[0] == "glibc"
+
+class Malloc(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd u f uord ford keep".split()]
+
+def mapped():
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Malloc
+    return mallinfo().hblkhd
+
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     [torch.ones(6 << 20) for _ in range(4)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-counts = [faults() for _ in range(6)]
-print(min(counts[3:]) if kept else -1)
+
+if platform.libc_ver()[0] == "glibc" and hasattr(ctypes.CDLL(None), "mallinfo2"):
+    keeps = sys.argv[1] == "kept" and keep_freed_memory()
+    before = mapped()
+    tensor = torch.ones(6 << 20)
+    fresh = mapped() - before
+    del tensor
+    print(json.dumps([keeps, fresh, min(faults() for _ in range(5))]))
 """
 
 
 def test_tensors_use_the_memory_that_others_have_freed() -> None:
-    def faults(how: str) -> int:
-        return int(
-            subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, check=True, text=True).stdout
-        )
+    def found(how: str) -> Any:
+        done = subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, check=True, text=True)
+        return json.loads(done.stdout or "null")
 
-    fresh, kept = faults("plain"), faults("kept")
-    if -1 in (fresh, kept):
+    plain, kept = found("plain"), found("kept")
+    if plain is None:
         pytest.skip("another C library than glibc")
-    # 100 MB are 25,000 pages, unless the system gives out huge ones
-    assert kept < 100
-    assert kept < fresh
+    # what is mapped for one tensor goes back to the system with it
+    assert plain[:2] == [False, pytest.approx(6 << 22, rel=0.01)]
+    assert kept[:2] == [True, 0]
+    assert kept[2] < 100  # of 25,000 pages
 
 
 def test_tensors_come_out_as_they_went_in(tiny_model: LatentDiffusionModel) -> None:
