@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -63,14 +64,23 @@ class Cores:
         return [future.result() for future in futures]
 
     def _workers(self, parts: int) -> ThreadPoolExecutor:
-        shape = (parts, max(1, torch.get_num_threads() // parts))
+        threads = torch.get_num_threads()
+        shape = (parts, max(1, threads // parts))
         if self._pool is None or shape != self._shape:
             if self._pool is not None:
                 self._pool.shutdown()
-            # torch's number of threads is each thread's own
-            self._pool = ThreadPoolExecutor(parts, "cores", torch.set_num_threads, (shape[1],))
+            # torch's number of threads is each thread's own, and of threads that are new to it the last that was set
+            self._pool = ThreadPoolExecutor(parts, "cores", _use_threads, (shape[1],))
             self._shape = shape
+            started = Barrier(parts)
+            list(self._pool.map(lambda _: started.wait(), range(parts)))
+            torch.set_num_threads(threads)
         return self._pool
+
+
+def _use_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # a thread's first question would otherwise be answered with what was set last, elsewhere
 
 
 @torch.inference_mode()

@@ -63,11 +63,15 @@ class Edit:
                 platform.node(), str(model.device), str(model.dtype), self.editor.estimate.unet_batch, rates
             )
             ledger.introduce.remote(replica)
-        self.geometry, self.job, self.ledger = geometry, job, ledger
+        self.threads, self.geometry, self.job, self.ledger = threads, geometry, job, ledger
         self.slowest = 0.0
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Edit the rows that are still pending."""
+        import torch
+
+        if self.threads not in (None, torch.get_num_threads()):
+            torch.set_num_threads(self.threads)  # a thread's own, and Ray calls in another than it builds in
         return map_rows(table, self._edit_all)
 
     def _edit_all(self, rows: list[Row]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ def test_each_part_has_a_thread_and_its_share_of_torchs() -> None:
     assert torch.get_num_threads() == 2
     cores(network, x[:9], x[:9])
     assert seen[-1] == (threading.current_thread().name, 2, 9)
+
+
+def test_a_thread_that_begins_later_has_all_of_torchs_threads() -> None:
+    cores, x = Cores(), torch.zeros(16)
+    cores(lambda part: part, x)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == 2
+        assert other.submit(cores.parts, 16).result() == 2
+    assert torch.get_num_threads() == 2
 
 
 def test_what_a_part_raises_is_raised() -> None:

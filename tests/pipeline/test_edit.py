@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,23 @@ def test_a_missing_reference_is_the_empty_text(line: Line) -> None:
     table = line.edited([row("square.png") | {"reference": None}, row("square.png") | {"reference": ""}])
     assert table["status"].to_pylist() == ["edited", "edited"]
     assert table["_edited"][0] == table["_edited"][1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_has_its_threads_on_whichever_thread_ray_calls_it(
+    tiny_folder: Path, line: Line, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    stage = Edit(str(tiny_folder), "cpu", threads, model_geometry(str(tiny_folder)), JobSettings(unet_batch=16))
+    seen: list[int] = []
+    monkeypatch.setattr(stage, "_edit_all", lambda _rows: seen.append(torch.get_num_threads()))
+    table = line.fetch([row("square.png")])
+
+    def call() -> None:
+        torch.set_num_threads(3 - threads)
+        stage(table)
+
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(call).result()
+    torch.set_num_threads(before)
+    assert seen == [threads]
