@@ -147,7 +147,6 @@ class LatentDiffusionModel:
 
         The mean, never a sample: the code of an image must not depend on chance.
         """
-        pixels = pixels.to(self.device, self.dtype)
         mean = self._by_image(
             lambda some: self.vae.encode(some).latent_dist.mode(), pixels, pixels.shape[2] * pixels.shape[3]
         )
@@ -160,13 +159,14 @@ class LatentDiffusionModel:
         """(B, C, h, w) float32 -> (B, 3, h·f, w·f) float32, clamped to [-1, 1]."""
         latents = latents / self.vae.config["scaling_factor"] + (self.vae.config.get("shift_factor") or 0.0)
         pixels = latents.shape[2] * latents.shape[3] * self.geometry.factor**2
-        decoded = self._by_image(lambda some: self.vae.decode(some).sample, latents.to(self.dtype), pixels)
+        decoded = self._by_image(lambda some: self.vae.decode(some).sample, latents, pixels)
         return decoded.float().clamp(-1, 1).contiguous()
 
     def _by_image(self, network: Callable[[Tensor], Tensor], batch: Tensor, pixels: int) -> Tensor:
         """``network(batch)`` in parts that fit into memory, for samples that show so many pixels."""
         done = []
         for group in torch.split(batch, max(1, VAE_PIXELS // pixels)):
+            group = group.to(self.device, self.dtype)  # not all at once: only this much is on the device
             at_once = max(1, CORE_PIXELS // pixels) if group.device.type == "cpu" else len(group)
             pieces = torch.split(group, at_once)
             done += self._cores.map(network, [(piece,) for piece in pieces], self._cores.parts(len(pieces), 1))

@@ -7,13 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffedit_ray.dataset import records
 from diffedit_ray.dataset.manifest import RowPlanner, manifest_files, manifest_schema, match_columns
 from diffedit_ray.dataset.scan import scan_manifest
-from diffedit_ray.pipeline.fetch import Fetch
 from diffedit_ray.pipeline.plan import Plan, PlanPending, span_rows
 from diffedit_ray.pipeline.rows import carried_fields, work_schema
-from diffedit_ray.pipeline.store import Store
 from diffedit_ray.settings import JobSettings
 from tests.pipeline.line import Line
 from tests.pipeline.rows import QUICK, row
@@ -56,12 +53,3 @@ def test_pending_rows_are_planned_from_their_place_in_the_manifest(line: Line, t
     assert stage(pa.Table.from_pylist(span_rows(spans)).slice(0, 0)).schema == table.schema
     # it goes to every planning task
     assert len(pickle.dumps(PlanPending(stage.plan, schema, None, JobSettings()))) < 20_000
-
-
-def test_an_empty_block_stays_one(line: Line) -> None:
-    table = line.edited([row("square.png")])
-    for stage in (line.edit, Fetch(line.geometry, ".", line.job)):
-        assert stage(table.slice(0, 0)).schema == table.schema
-    schema = records.record_schema(carried_fields(line.columns))
-    assert len(Store(line.geometry, line.job, line.layout, schema)(table.slice(0, 0))) == 0
-    assert not Path(line.layout.records).exists()

@@ -111,3 +111,12 @@ def test_stages_survive_the_way_to_a_worker(line: Line) -> None:
         Store(line.geometry, line.job, line.layout, records.record_schema(carried_fields(line.columns))),
     ]
     assert pickle.loads(pickle.dumps(stages)) == stages
+
+
+def test_an_empty_block_stays_one(line: Line) -> None:
+    table = line.edited([row("square.png")])
+    for stage in (line.edit, Fetch(line.geometry, ".", line.job)):
+        assert stage(table.slice(0, 0)).schema == table.schema
+    schema = records.record_schema(carried_fields(line.columns))
+    assert len(Store(line.geometry, line.job, line.layout, schema)(table.slice(0, 0))) == 0
+    assert not Path(line.layout.records).exists()
