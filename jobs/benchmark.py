@@ -60,6 +60,11 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--shrink", action="store_true", help="random weights in narrow shapes: to try, not to time")
     command.add_argument("--random-images", action="store_true", help="instead of the shipped pictures")
     command.add_argument("--images", type=int, default=10, help="edits of each contestant a repeat")
+    command.add_argument(
+        "--peer-images",
+        type=int,
+        help="diffusers edits only so many of them a repeat: it takes as long for each, however many there are",
+    )
     command.add_argument("--repeats", type=int, default=3)
     command.add_argument("--only", type=_names, default=list(CONTESTANTS), help=f"of {','.join(CONTESTANTS)}")
     command.add_argument("--batch", type=int, help="rows our editor gets at once; else all")

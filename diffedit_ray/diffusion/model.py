@@ -19,6 +19,7 @@ from diffedit_ray.diffusion.cores import Cores
 from diffedit_ray.diffusion.framing import Geometry
 from diffedit_ray.diffusion.kernels import CompiledUNet, keep_freed_memory, lay_out
 from diffedit_ray.diffusion.schedule import NoiseSchedule
+from diffedit_ray.diffusion.winograd import multiply_less
 from diffedit_ray.errors import ModelError
 
 VAE_PIXELS = 1 << 20
@@ -113,6 +114,7 @@ class LatentDiffusionModel:
             part.to(target).eval().requires_grad_(False)
         for network in ("vae", "unet"):
             lay_out(parts[network], target)
+            multiply_less(parts[network])
         if target.type == "cpu":
             keep_freed_memory()
         model = cls(

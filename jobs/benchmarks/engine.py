@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import sys
@@ -39,10 +38,19 @@ def fast_settings(settings: EditSettings) -> EditSettings:
 
 
 def as_loaded(model: LatentDiffusionModel) -> LatentDiffusionModel:
-    """A copy with its weights in memory as diffusers loads them."""
-    layout = torch.contiguous_format
-    vae, unet = (copy.deepcopy(network).to(memory_format=layout) for network in (model.vae, model.unet))
-    return replace(model, vae=vae, unet=unet)
+    """A copy of the networks as diffusers loads them."""
+    return replace(model, vae=_plain(model.vae), unet=_plain(model.unet))
+
+
+def _plain(network: Any) -> Any:
+    """A network's own architecture anew, without what we have replaced in it, on copies of its weights."""
+    with torch.device("meta"):
+        fresh = type(network).from_config(network.config)
+    weights = {
+        name: weight.clone(memory_format=torch.contiguous_format) for name, weight in network.state_dict().items()
+    }
+    fresh.load_state_dict(weights, assign=True)
+    return fresh.eval().requires_grad_(False)
 
 
 def contestants_for(
@@ -56,11 +64,12 @@ def contestants_for(
     make = random_rows if args.random_images or args.random_weights else demo_rows
     rows = make(args.images, model.geometry.native)
     grouped = five_queries(rows)
+    theirs_of = rows[: args.peer_images]
     peer = build_peer(plain, scheduler)
     editor = DiffEditor(model, settings, unet_batch=args.unet_batch)
 
     def theirs(batch: int | None) -> Callable[[EditSettings], Any]:
-        return lambda s: edit_with_peer(peer, *columns(rows), s, batch=batch)
+        return lambda s: edit_with_peer(peer, *columns(theirs_of), s, batch=batch)
 
     def ours(edited: list[Row]) -> Callable[[EditSettings], Any]:
         size = args.batch or len(edited)
@@ -82,7 +91,8 @@ def contestants_for(
     for key in CONTESTANTS:
         name, run, own = known[key]
         if key in args.only:
-            chosen[key] = (Contestant(name, len(rows), _bound(run, own)), run)
+            edited = len(theirs_of if key in (PEER, PEER_BATCHES) else rows)
+            chosen[key] = (Contestant(name, edited, _bound(run, own)), run)
     return chosen
 
 

@@ -18,6 +18,7 @@ from diffedit_ray.demo.training.denoiser import build_scheduler, build_tokenizer
 from diffedit_ray.diffusion.kernels import lay_out
 from diffedit_ray.diffusion.model import LatentDiffusionModel, resolve_device, resolve_dtype
 from diffedit_ray.diffusion.schedule import NoiseSchedule
+from diffedit_ray.diffusion.winograd import multiply_less
 
 TOKENS = 77
 VOCABULARY = 49408
@@ -202,6 +203,7 @@ def random_model(
         network.eval().requires_grad_(False)
     for network in (parts.unet, parts.vae):
         lay_out(network, target)
+        multiply_less(network)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = TOKENS
     model = LatentDiffusionModel(

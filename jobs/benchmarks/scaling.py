@@ -194,17 +194,13 @@ def extrapolate(runs: list[dict[str, Any]], replicas: int, seconds: float) -> di
 
     Returns:
         Of each process the CPU seconds a batch, and the cores it would need. A batch is taken to cost what it cost at
-        the most replicas that ran; with three counts or more also a + b·replicas, fitted to all of them.
+        the most replicas that ran.
     """
     most = max(runs, key=lambda run: run["replicas"])
     rate = replicas / seconds
     found: dict[str, Any] = {"replicas": replicas, "batches_a_second": rate, "from_replicas": most["replicas"]}
     for name, cost in most["cpu"].items():
         found[name] = {"cpu_a_batch": cost, "cores": cost * rate, "replicas_at_one_core": seconds / cost}
-        known = [(run["replicas"], run["cpu"][name]) for run in runs if name in run["cpu"]]
-        if len({count for count, _ in known}) >= 3:
-            slope, base = np.polyfit(*zip(*known, strict=True), 1)
-            found[name]["cores_fitted"] = float(base + slope * replicas) * rate
     return found
 
 
@@ -225,8 +221,7 @@ def print_tables(found: dict[str, Any]) -> None:
     )
     for name in ("driver", "ledger", "gcs"):
         if name in e:
-            fitted = f" ({e[name]['cores_fitted']:.2f} by the fitted line)" if "cores_fitted" in e[name] else ""
             console.print(
-                f"  {name}: {e[name]['cores']:.2f} cores{fitted}; one core is full at "
+                f"  {name}: {e[name]['cores']:.2f} cores; one core is full at "
                 f"{e[name]['replicas_at_one_core']:.0f} replicas"
             )
