@@ -8,10 +8,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -27,10 +29,10 @@ from benchmarks.sleeper import sleeping_edit
 from benchmarks.timeline import BATCH, Span, edit_stage, read_timeline
 from diffedit_ray import EditSettings, JobSettings, run_edit_job
 from diffedit_ray.demo import demo_model
-from diffedit_ray.pipeline.cluster import start_ray
+from diffedit_ray.pipeline.cluster import Replicas, replicas, start_ray
 
-SPARE_CPUS = 2
-"""Logical CPUs for planning, fetching and storing, beside one for each replica."""
+IO_CPUS = 2
+"""Logical CPUs, all of them for planning, fetching and storing: Ray starts a process for whatever may run at once."""
 START_SECONDS = 900.0
 """How long all replicas may take to start before the first batch is given out."""
 PICTURES = 16
@@ -39,12 +41,12 @@ PICTURES = 16
 def scaling(args: argparse.Namespace) -> None:
     """Utilisation of simulated replicas that sleep instead of editing, and what they cost the driver."""
     runs = []
-    for replicas in args.replicas:
-        rows = replicas * args.batches * args.batch
-        print(f"{replicas} replicas: {rows} rows in batches of {args.batch}, {args.seconds:g} s each", file=sys.stderr)
+    for count in args.replicas:
+        rows = count * args.batches * args.batch
+        print(f"{count} replicas: {rows} rows in batches of {args.batch}, {args.seconds:g} s each", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-            runs.append(simulate(Path(scratch), replicas, args))
-        print(f"{replicas} replicas: {100 * runs[-1]['utilisation']:.1f} % busy", file=sys.stderr)
+            runs.append(simulate(Path(scratch), count, args))
+        print(f"{count} replicas: {100 * runs[-1]['utilisation']:.1f} % busy", file=sys.stderr)
     found = {
         "seconds_a_batch": args.seconds,
         "rows_a_batch": args.batch,
@@ -98,18 +100,18 @@ def _head_processes() -> dict[str, psutil.Process]:
     return found
 
 
-def simulate(scratch: Path, replicas: int, args: argparse.Namespace) -> dict[str, Any]:
+def simulate(scratch: Path, count: int, args: argparse.Namespace) -> dict[str, Any]:
     """The job on a Ray that believes to have a GPU for each replica; what became of their time."""
     log = scratch / "timeline"
     log.mkdir()
-    manifest = write_manifest(scratch, replicas * args.batches * args.batch)
+    manifest = write_manifest(scratch, count * args.batches * args.batch)
     # with so many workers on a few cores Ray would take one that starts slowly for dead
     os.environ.setdefault("RAY_worker_register_timeout_seconds", str(int(START_SECONDS)))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # as `start_ray` has it where it starts Ray itself
     ray.init(
         address="local",
-        num_cpus=replicas + SPARE_CPUS,
-        num_gpus=replicas,
+        num_cpus=IO_CPUS,
+        num_gpus=count,
         include_dashboard=False,
         logging_level="ERROR",
         log_to_driver=False,
@@ -119,9 +121,9 @@ def simulate(scratch: Path, replicas: int, args: argparse.Namespace) -> dict[str
         # a cluster's replicas start at the same time; on a few cores they start one after the other
         ray.data.DataContext.get_current().wait_for_min_actors_s = START_SECONDS
         costs = HeadCosts()
-        job = JobSettings(batch_size=args.batch, min_actors=replicas, max_actors=replicas)
+        job = JobSettings(batch_size=args.batch, min_actors=count, max_actors=count)
         began = time.time()
-        with edit_stage(sleeping_edit(log, args.seconds)):
+        with edit_stage(sleeping_edit(log, args.seconds)), _without_cpus():
             summary = run_edit_job(
                 manifest,
                 scratch / "out",
@@ -133,10 +135,21 @@ def simulate(scratch: Path, replicas: int, args: argparse.Namespace) -> dict[str
         seconds = time.time() - began
     finally:
         ray.shutdown()
-    if summary.edited != replicas * args.batches * args.batch:
+    if summary.edited != count * args.batches * args.batch:
         raise SystemExit(f"only {summary.edited} rows came through: nothing to report")
     spans = [span for span in read_timeline(log) if span.kind == BATCH]
-    return {"replicas": replicas, "job_seconds": seconds, **utilisation(spans, replicas), "cpu": costs.per_batch()}
+    return {"replicas": count, "job_seconds": seconds, **utilisation(spans, count), "cpu": costs.per_batch()}
+
+
+@contextmanager
+def _without_cpus() -> Iterator[None]:
+    """Replicas of jobs begun inside the block ask for no CPU: their nodes would bring more than this machine has."""
+
+    def asking_for_none(job: JobSettings) -> Replicas:
+        return replace(replicas(job), cpus=0.0)
+
+    with mock.patch("diffedit_ray.pipeline.job.replicas", asking_for_none):
+        yield
 
 
 def write_manifest(folder: Path, rows: int) -> Path:
