@@ -64,12 +64,12 @@ def contestants_for(
     make = random_rows if args.random_images or args.random_weights else demo_rows
     rows = make(args.images, model.geometry.native)
     grouped = five_queries(rows)
-    theirs_of = rows[: args.peer_images]
+    peer_rows = rows[: args.peer_images]
     peer = build_peer(plain, scheduler)
     editor = DiffEditor(model, settings, unet_batch=args.unet_batch)
 
     def theirs(batch: int | None) -> Callable[[EditSettings], Any]:
-        return lambda s: edit_with_peer(peer, *columns(theirs_of), s, batch=batch)
+        return lambda s: edit_with_peer(peer, *columns(peer_rows), s, batch=batch)
 
     def ours(edited: list[Row]) -> Callable[[EditSettings], Any]:
         size = args.batch or len(edited)
@@ -91,7 +91,7 @@ def contestants_for(
     for key in CONTESTANTS:
         name, run, own = known[key]
         if key in args.only:
-            edited = len(theirs_of if key in (PEER, PEER_BATCHES) else rows)
+            edited = len(peer_rows if key in (PEER, PEER_BATCHES) else rows)
             chosen[key] = (Contestant(name, edited, _bound(run, own)), run)
     return chosen
 
