@@ -21,7 +21,7 @@ from benchmarks.timeline import Span
 from benchmarks.workload import five_queries, random_rows
 from diffedit_ray.demo import demo_model
 from diffedit_ray.diffusion.model import LatentDiffusionModel
-from diffedit_ray.diffusion.winograd import WinogradConv2d
+from diffedit_ray.diffusion.winograd import WinogradConv2d, WinogradUpsample2D
 
 SCRIPT = Path(benchmark.__file__)
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ class TestEngine:
         model = LatentDiffusionModel.load(demo_model(), device="cpu")
         plain = contest.as_loaded(model)
         for ours, theirs in ((model.unet, plain.unet), (model.vae, plain.vae)):
-            assert not any(isinstance(module, WinogradConv2d) for module in theirs.modules())
+            assert not any(isinstance(module, (WinogradConv2d, WinogradUpsample2D)) for module in theirs.modules())
             assert not theirs.training
             for (name, weight), (other, copied) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
                 assert name == other
