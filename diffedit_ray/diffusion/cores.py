@@ -38,14 +38,16 @@ class Cores:
         most = min(torch.get_num_threads(), samples // least)
         return 1 << (most.bit_length() - 1) if most > 1 else 1
 
-    def __call__(self, network: Callable[..., Tensor], *batch: Tensor) -> Tensor:
+    def __call__(self, network: Callable[..., Tensor], *batch: Tensor, weight: int = 1) -> Tensor:
         """``network(*batch)``, for a network that treats every sample by itself.
 
         Args:
-            network: Takes parts of `batch` and returns as many samples.
+            network: Takes parts of `batch`.
             batch: Tensors of the same length.
+            weight: Samples that each of `batch` becomes.
         """
-        parts = self.parts(len(batch[0])) if batch[0].device.type == "cpu" else 1
+        samples = len(batch[0]) * min(weight, LEAST_SAMPLES)
+        parts = self.parts(samples) if batch[0].device.type == "cpu" else 1
         pieces = zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True)
         return torch.cat(self.map(network, pieces, parts))
 
@@ -76,6 +78,22 @@ class Cores:
             list(self._pool.map(lambda _: started.wait(), range(parts)))
             torch.set_num_threads(threads)
         return self._pool
+
+
+def even_calls(samples: int, most: int, parts: int = 1) -> list[int]:
+    """Sizes of calls, none above `most`, as even as can be: a full one and a rest of one would cost nearly two.
+
+    Args:
+        samples: Of all calls.
+        most: Of one call.
+        parts: Equal ones that each call but the last is to be divided in, where `most` allows it.
+    """
+    unit = parts if parts <= most else 1
+    count = max(1, -(-samples // (most // unit * unit)))
+    units = samples // unit
+    sizes = [unit * (units // count + (i < units % count)) for i in range(count)]
+    sizes[-1] += samples % unit
+    return [size for size in sizes if size]
 
 
 def _use_threads(count: int) -> None:

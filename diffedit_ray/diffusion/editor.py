@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -328,19 +329,22 @@ class DiffEditor:
         """The network's outputs for noised latents under a text, for as many noise samples as are wanted."""
         if not wanted:
             return {}
-        maps: dict[Noised, int] = {}
-        for (place, _), n in wanted.items():
-            maps[place] = max(n, maps.get(place, 0))
-        x_t = {}
-        for place, n in maps.items():
+        asked: dict[Noised, list[str]] = {}
+        for place, text in wanted:
+            asked.setdefault(place, []).append(text)
+        x_t, samples = [], []
+        for place, texts in asked.items():
+            n = max(wanted[place, text] for text in texts)
             z = row_noise(place.seed, n, x0.shape[1:]).to(x0.device)
-            x_t[place] = add_noise(x0[place.picture], z, self.model.schedule.alpha(place.time).to(x0.device))
+            x_t.append(add_noise(x0[place.picture], z, self.model.schedule.alpha(place.time).to(x0.device)))
+            samples += [[(place, text) for text in texts if k < wanted[place, text]] for k in range(n)]
         outputs = self.estimate(
-            torch.cat([x_t[place][:n] for (place, _), n in wanted.items()]),
-            [place.time for (place, _), n in wanted.items() for _ in range(n)],
-            [text for (_, text), n in wanted.items() for _ in range(n)],
+            torch.cat(x_t), [own[0][0].time for own in samples], [[text for _, text in own] for own in samples]
         )
-        return dict(zip(wanted, torch.split(outputs, list(wanted.values())), strict=True))
+        found: dict[tuple[Noised, str], list[Tensor]] = {key: [] for key in wanted}
+        for key, output in zip(chain.from_iterable(samples), outputs, strict=True):
+            found[key].append(output)
+        return {key: torch.stack(own) for key, own in found.items()}
 
     def _paths(self, x0: Tensor, pictures: Sequence[int], settings: Sequence[EditSettings]) -> list[Path]:
         """Each row's path; rows of one picture share the longest of theirs."""
@@ -363,7 +367,7 @@ class DiffEditor:
             start, end = [grids[i][k - 1] for i in rows], [grids[i][k] for i in rows]
             x = torch.stack([paths[i].latents[-1] for i in rows])
             # the estimate is taken at the time stepped to, the one decoding will step from: the two mirror each other
-            x = solver.step(rows, x, self.estimate(x, end, [""] * len(rows)), start, end)
+            x = solver.step(rows, x, self.estimate(x, end, [[""]] * len(rows)), start, end)
             for i, x_t in zip(rows, x, strict=True):
                 paths[i].latents.append(x_t)
         return paths
@@ -399,12 +403,9 @@ class DiffEditor:
 
     def _guided(self, y: Tensor, times: Sequence[int], queries: Sequence[str], scales: Sequence[float]) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, eq. 6); a scale of 1 is none and costs nothing."""
-        guided = [j for j, scale in enumerate(scales) if scale != 1]
-        texts = [*queries, *[""] * len(guided)]
-        outputs = self.estimate(torch.cat([y, y[guided]]), [*times, *(times[j] for j in guided)], texts)
-        query = outputs[: len(y)]
-        empty = query.clone()
-        empty[guided] = outputs[len(y) :]
+        texts = [[query, ""] if scale != 1 else [query] for query, scale in zip(queries, scales, strict=True)]
+        outputs = torch.split(self.estimate(y, times, texts), [len(own) for own in texts])
+        query, empty = (torch.stack([output[i] for output in outputs]) for i in (0, -1))
         return empty + torch.tensor(scales, device=y.device)[:, None, None, None] * (query - empty)
 
     def _settings(self, given: EditSettings | Sequence[EditSettings] | None, rows: int) -> list[EditSettings]:

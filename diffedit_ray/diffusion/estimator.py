@@ -12,6 +12,10 @@ from diffedit_ray.diffusion.model import LatentDiffusionModel
 
 TEXTS_KEPT = 1024
 """Embeddings kept: 120 MB of them for Stable Diffusion 1 in half precision."""
+TEXTS_TOGETHER = 8
+"""Of one latent, at most, in a call: more would save no more and divide less evenly among calls and cores."""
+LEAST_TOGETHER = 16
+"""Estimates that latents with as many texts must have for calls of their own: small ones cost more than they save."""
 
 
 class Estimator:
@@ -34,21 +38,55 @@ class Estimator:
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, times: Sequence[int], texts: Sequence[str]) -> Tensor:
-        """The UNet's output for (B, C, h, w) latents: B times, B texts ("" is ∅) -> (B, C, h, w) float32."""
-        distinct = list(dict.fromkeys(texts))
+    def __call__(self, x: Tensor, times: Sequence[int], texts: Sequence[Sequence[str]]) -> Tensor:
+        """The UNet's output for each latent under each of its texts.
+
+        Args:
+            x: (B, C, h, w) latents.
+            times: B.
+            texts: Those of each latent; "" is ∅.
+
+        Returns:
+            (their sum, C, h, w) float32: a latent's estimates one after another.
+        """
+        wanted = [(i, text) for i, own in enumerate(texts) for text in own]
+        distinct = list(dict.fromkeys(text for _, text in wanted))
         table = self.embed(distinct)
         place = {text: i for i, text in enumerate(distinct)}
-        which = torch.tensor([place[text] for text in texts], device=table.device)
+        latent = torch.tensor([i for i, _ in wanted], device=x.device)
+        which = torch.tensor([place[text] for _, text in wanted], device=x.device)
         t = torch.tensor(times, device=x.device)
-        x = x.contiguous()  # kernels, and so rounding, follow the layout, which slicing may have changed
-        n, size = len(x), self.unet_batch
+        outputs = torch.empty(len(wanted), *x.shape[1:], device=x.device)
+        for count, runs in self._runs([len(own) for own in texts]).items():
+            calls = self.model.calls(len(runs), self.unet_batch, count)
+            for run in torch.split(torch.tensor(runs, device=x.device), calls):
+                estimates = run.flatten()
+                # a new tensor: kernels, and so rounding, follow the layout, which slicing may have changed
+                some = x[latent[run[:, 0]]].contiguous()
+                predicted = self.model.predict(some, t[latent[run[:, 0]]], table[which[estimates]])
+                outputs[estimates] = predicted
+        return outputs
+
+    def _runs(self, texts: Sequence[int]) -> dict[int, list[list[int]]]:
+        """Places of estimates that share a latent and a call, by how many: of latents with so many texts each.
+
+        A UNet that shares nothing between the texts of a latent gets them one by one.
+        """
+        most = min(TEXTS_TOGETHER, self.unet_batch) if self.model.shares_stem and not self.reproducible else 1
+        runs: dict[int, list[list[int]]] = {}
+        begin = 0
+        for count in texts:
+            for start in range(begin, begin + count, most):
+                run = list(range(start, min(start + most, begin + count)))
+                runs.setdefault(len(run), []).append(run)
+            begin += count
+        few = [count for count, own in runs.items() if count * len(own) < LEAST_TOGETHER]
+        for count in few if len(runs) > 1 else []:
+            singles = [[place] for run in runs.pop(count) for place in run]
+            runs.setdefault(1, []).extend(singles)
         if self.reproducible:
-            padding = torch.arange(n + -n % size, device=x.device).clamp_max(n - 1)
-            x, t, which = x[padding], t[padding], which[padding.to(which.device)]
-        calls = self.model.calls(len(x), size)
-        parts = zip(*(torch.split(part, calls) for part in (x, t, which)), strict=True)
-        return torch.cat([self.model.predict(latents, at, table[text]) for latents, at, text in parts])[:n]
+            runs[1] += [runs[1][-1]] * (-len(runs[1]) % self.unet_batch)
+        return runs
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """(B, tokens, width) embeddings of distinct texts; those seen lately cost nothing."""

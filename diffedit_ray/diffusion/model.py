@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffedit_ray.diffusion.checkpoint import checkpoint_folder, geometry_of
-from diffedit_ray.diffusion.cores import Cores
+from diffedit_ray.diffusion.cores import Cores, even_calls
 from diffedit_ray.diffusion.framing import Geometry
 from diffedit_ray.diffusion.kernels import CompiledUNet, keep_freed_memory, lay_out
 from diffedit_ray.diffusion.schedule import NoiseSchedule
+from diffedit_ray.diffusion.stem import repeated, share_stem, shares_stem
 from diffedit_ray.diffusion.winograd import multiply_less
 from diffedit_ray.errors import ModelError
 
@@ -56,6 +57,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float16
+
+
+def prepare(unet: UNet2DConditionModel, vae: AutoencoderKL, device: torch.device) -> None:
+    """Have networks whose weights are on `device` do the same in less time there."""
+    for network in (unet, vae):
+        lay_out(network, device)
+        multiply_less(network)
+    share_stem(unet)
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 @dataclass
@@ -112,11 +123,7 @@ class LatentDiffusionModel:
             raise ModelError(f"{folder}: cannot load the checkpoint: {shorten(str(error), 400)}") from error
         for part in parts.values():
             part.to(target).eval().requires_grad_(False)
-        for network in ("vae", "unet"):
-            lay_out(parts[network], target)
-            multiply_less(parts[network])
-        if target.type == "cpu":
-            keep_freed_memory()
+        prepare(parts["unet"], parts["vae"], target)
         model = cls(
             **parts,
             tokenizer=tokenizer,
@@ -191,23 +198,45 @@ class LatentDiffusionModel:
 
     @torch.inference_mode()
     def predict(self, latents: Tensor, time: int | Tensor, embeddings: Tensor) -> Tensor:
-        """The UNet's raw output, (B, C, h, w) float32, at one time or (B,) of them under (B, tokens, width)."""
+        """The UNet's raw output, (B·K, C, h, w) float32.
+
+        Args:
+            latents: (B, C, h, w).
+            time: One, or (B,) of them.
+            embeddings: (B·K, tokens, width): K for each latent, one after another.
+        """
         # a time before the grid's first means the clean image, which the network knows as its first time
         times = torch.as_tensor(time, device=self.device).clamp_min(0).expand(len(latents))
         latents = latents.to(self.dtype)
-        if self._compiled is None:
-            output = self._cores(lambda *part: self.unet(*part).sample, latents, times, embeddings)
-        else:
+        if not self.shares_stem:
+            latents, times = repeated(latents, len(embeddings)), repeated(times, len(embeddings))
+        if self._compiled is not None:
             output = self._compiled(latents, times, embeddings).clone()
+        else:
+            each = embeddings.reshape(len(latents), -1, *embeddings.shape[1:])
+            output = self._cores(self._denoise, latents, times, each, weight=each.shape[1])
         return output.float().contiguous()
 
-    def calls(self, latents: int, most: int) -> list[int]:
-        """The sizes of the calls of `predict` that so many latents are best given to it in, none above `most`."""
+    def _denoise(self, latents: Tensor, times: Tensor, embeddings: Tensor) -> Tensor:
+        return self.unet(latents, times, embeddings.flatten(0, 1)).sample  # type: ignore[no-any-return]
+
+    @property
+    def shares_stem(self) -> bool:
+        """Whether `predict` costs less for K texts on a latent than for as many latents."""
+        return self._compiled is None and shares_stem(self.unet)
+
+    def calls(self, latents: int, most: int, texts: int = 1) -> list[int]:
+        """How many latents are best given to each call of `predict`.
+
+        Args:
+            latents: How many there are.
+            most: Embeddings of a call.
+            texts: Embeddings of each latent.
+        """
         if self._compiled is not None:
             return self._compiled.split(latents, most)
-        # even ones: a full one and a rest of one latent would cost nearly two full ones
-        count = -(-latents // most)
-        return [latents // count + (i < latents % count) for i in range(count)]
+        parts = self._cores.parts(most) if self.device.type == "cpu" else 1
+        return even_calls(latents, max(1, most // texts), parts)
 
     @property
     def denoisers(self) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Measure:
     Attributes:
         rows: Edits of one repeat.
         edits_per_second: Of each repeat.
-        samples: For each watched network, the samples it saw a row: a call on a batch of 4 is 4.
+        samples: For each watched network, the samples it gave a row: a call on a batch of 4 is 4.
         peak_mib: Most memory held above what was held before, in MiB, in any repeat; None where that cannot be
             measured.
     """
@@ -41,15 +41,16 @@ class Measure:
 
 @contextmanager
 def counted(networks: Mapping[str, Sequence[nn.Module]]) -> Iterator[dict[str, int]]:
-    """The samples that the modules of each of `networks` see inside the block."""
+    """The samples that the modules of each of `networks` give back inside the block."""
     seen = dict.fromkeys(networks, 0)
     calls: list[tuple[str, int]] = []  # which threads may append to at the same time
 
     def watch(name: str, network: nn.Module) -> Any:
-        def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-            calls.append((name, len(args[0] if args else kwargs["sample"])))
+        def count(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            # what comes out: a UNet may be given one latent for many texts
+            calls.append((name, len(output if isinstance(output, Tensor) else output[0])))
 
-        return network.register_forward_hook(count, with_kwargs=True)
+        return network.register_forward_hook(count)
 
     handles = [watch(name, network) for name, copies in networks.items() for network in copies]
     try:

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffedit_ray.demo.training.denoiser import build_scheduler, build_tokenizer
-from diffedit_ray.diffusion.kernels import lay_out
-from diffedit_ray.diffusion.model import LatentDiffusionModel, resolve_device, resolve_dtype
+from diffedit_ray.diffusion.model import LatentDiffusionModel, prepare, resolve_device, resolve_dtype
 from diffedit_ray.diffusion.schedule import NoiseSchedule
-from diffedit_ray.diffusion.winograd import multiply_less
 
 TOKENS = 77
 VOCABULARY = 49408
@@ -201,9 +199,7 @@ def random_model(
         nn.Module.to(network, precision)
         fill(network.to_empty(device=target))
         network.eval().requires_grad_(False)
-    for network in (parts.unet, parts.vae):
-        lay_out(network, target)
-        multiply_less(network)
+    prepare(parts.unet, parts.vae, target)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = TOKENS
     model = LatentDiffusionModel(

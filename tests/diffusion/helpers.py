@@ -40,7 +40,10 @@ def latents_of(model: LatentDiffusionModel, image: NDArray[np.uint8]) -> Tensor:
 
 @dataclass
 class Seen:
-    """Everything that went through a UNet, call by call; `embeddings` are (samples, tokens, width)."""
+    """Everything that went through a UNet, call by call; `embeddings` are (samples, tokens, width).
+
+    Of a latent that was given once for several texts, `latents` has as many copies.
+    """
 
     latents: list[Tensor] = field(default_factory=list)
     embeddings: list[Tensor] = field(default_factory=list)
@@ -58,8 +61,9 @@ def watched(unet: torch.nn.Module) -> Iterator[Seen]:
     seen = Seen()
 
     def record(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen.latents.append(args[0].clone())
-        seen.embeddings.append(kwargs.get("encoder_hidden_states", args[-1]).clone())
+        embeddings = kwargs.get("encoder_hidden_states", args[-1])
+        seen.latents.append(args[0].repeat_interleave(len(embeddings) // len(args[0]), 0))
+        seen.embeddings.append(embeddings.clone())
         seen.outputs.append(output.sample.clone())
 
     handle = unet.register_forward_hook(record, with_kwargs=True)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from diffedit_ray.diffusion.cores import Cores
+from diffedit_ray.diffusion.cores import Cores, even_calls
 from diffedit_ray.diffusion.model import LatentDiffusionModel
 
 
@@ -44,6 +44,48 @@ def test_each_part_has_a_thread_and_its_share_of_torchs() -> None:
     assert torch.get_num_threads() == 2
     cores(network, x[:9], x[:9])
     assert seen[-1] == (threading.current_thread().name, 2, 9)
+
+
+def test_samples_that_become_several_count_as_many() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def network(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append((len(x), len(y)))
+        return y.flatten(0, 1)
+
+    y = torch.arange(24.0).view(4, 6)
+    assert torch.equal(Cores()(network, torch.zeros(4), y, weight=6), torch.arange(24.0))
+    assert seen == [(2, 2), (2, 2)]
+    # one sample is one part, whatever it becomes
+    assert torch.equal(Cores()(network, torch.zeros(1), y[:1], weight=99), y[0])
+    assert seen[2:] == [(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("samples", "most", "parts", "sizes"),
+    [
+        (50, 64, 1, [50]),
+        (65, 64, 1, [33, 32]),
+        (0, 64, 2, []),
+        (50, 32, 2, [26, 24]),
+        (51, 32, 2, [26, 25]),
+        (42, 21, 2, [14, 14, 14]),  # two calls of 21 would each leave a core waiting
+        (9, 1, 2, [1] * 9),
+        (3, 10, 8, [3]),
+        (100, 24, 8, [24, 24, 16, 16, 20]),
+    ],
+)
+def test_calls_are_even_and_so_are_their_parts(samples: int, most: int, parts: int, sizes: list[int]) -> None:
+    assert even_calls(samples, most, parts) == sizes
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_no_call_is_above_the_most(parts: int) -> None:
+    for samples in range(1, 80):
+        for most in range(1, 40):
+            sizes = even_calls(samples, most, parts)
+            assert sum(sizes) == samples
+            assert 0 < min(sizes) <= max(sizes) <= most
 
 
 def test_a_thread_that_begins_later_has_all_of_torchs_threads() -> None:

@@ -28,8 +28,8 @@ def memory_for(module: torch.nn.Module, samples: int) -> Iterator[list[int]]:
     asked: list[int] = []
 
     def check(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        asked.append(len(args[0]))
-        if len(args[0]) > samples:
+        asked.append(len(args[-1]))  # the last of a UNet's are the embeddings
+        if asked[-1] > samples:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     handle = module.register_forward_pre_hook(check)

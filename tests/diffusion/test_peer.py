@@ -105,7 +105,7 @@ def test_defect_1_the_texts_are_compared_and_not_their_negatives(
     query, reference, empty = (tiny_model.embed_prompts([text]) for text in (ZEBRA, HORSE, ""))
     with watched(tiny_model.unet) as seen:
         editor.find_masks(latents_of(tiny_model, smooth_image()), [HORSE], [ZEBRA], [0], SHORT)
-    assert torch.equal(torch.cat(seen.embeddings), torch.cat([query, reference]).repeat_interleave(MAPS, 0))
+    assert torch.equal(torch.cat(seen.embeddings), torch.cat([query, reference]).repeat(MAPS, 1, 1))
     # the peer: each prompt sits where its negative belongs, so guidance pushes away from it
     with watched(tiny_model.unet) as seen:
         peer.generate_mask(picture(smooth_image()), ZEBRA, source_prompt=HORSE, **MASKING)
@@ -218,7 +218,8 @@ def test_defect_8_every_map_has_the_same_image_under_its_noise(
     x0, alpha = latents_of(tiny_model, smooth_image()), tiny_model.schedule.alpha(401)
     with watched(tiny_model.unet) as seen:
         editor.find_masks(x0, [HORSE], [ZEBRA], [9], SHORT)
-    for x_t in torch.cat(seen.latents).split(MAPS):  # one part for each text
+    seen_latents = torch.cat(seen.latents)
+    for x_t in (seen_latents[::2], seen_latents[1::2]):  # under the query and under the reference
         found = (x_t - (1 - alpha).sqrt() * row_noise(9, MAPS, x0.shape[1:])) / alpha.sqrt()
         torch.testing.assert_close(found, x0.expand_as(found), rtol=1e-4, atol=1e-4)
     # the peer: take its noise away again, and the maps' images differ
