@@ -209,9 +209,6 @@ class WinogradUpsample2D(nn.Module):
 
 def multiply_less(network: nn.Module) -> None:
     """Replace the convolutions for which this way is faster; none but in float32 on a CPU."""
-    # with AVX-512 the multiplication is twice as fast and the transformation is not; nobody has measured others
-    if torch.backends.cpu.get_cpu_capability() != "AVX2":
-        return
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Upsample2D and WinogradUpsample2D.saves(child):

@@ -207,13 +207,14 @@ def extrapolate(runs: list[dict[str, Any]], replicas: int, seconds: float) -> di
 
     Returns:
         Of each process the CPU seconds a batch, and the cores it would need. A batch is taken to cost what it cost at
-        the most replicas that ran.
+        the most replicas that ran; where that is less than the clock's hundredth of a second tells, it fills no core.
     """
     most = max(runs, key=lambda run: run["replicas"])
     rate = replicas / seconds
     found: dict[str, Any] = {"replicas": replicas, "batches_a_second": rate, "from_replicas": most["replicas"]}
     for name, cost in most["cpu"].items():
-        found[name] = {"cpu_a_batch": cost, "cores": cost * rate, "replicas_at_one_core": seconds / cost}
+        full = seconds / cost if cost else None
+        found[name] = {"cpu_a_batch": cost, "cores": cost * rate, "replicas_at_one_core": full}
     return found
 
 
@@ -234,7 +235,6 @@ def print_tables(found: dict[str, Any]) -> None:
     )
     for name in ("driver", "ledger", "gcs"):
         if name in e:
-            console.print(
-                f"  {name}: {e[name]['cores']:.2f} cores; one core is full at "
-                f"{e[name]['replicas_at_one_core']:.0f} replicas"
-            )
+            full = e[name]["replicas_at_one_core"]
+            until = "too little to be measured" if full is None else f"one core is full at {full:.0f} replicas"
+            console.print(f"  {name}: {e[name]['cores']:.2f} cores; {until}")

@@ -40,9 +40,9 @@ def demo_rows(count: int, side: int) -> list[Row]:
     edits = shipped_edits()
     chosen = [edits[i % len(edits)] for i in range(count)]
     resized = [np.asarray(Image.fromarray(e.image).resize((side, side), Image.Resampling.LANCZOS)) for e in chosen]
-    # a picture that comes again has noise of its own, as two pictures would
+    # a picture that comes again is moved by a pixel and has noise of its own: it shares no work with the first
     return [
-        Row(image, e.reference, e.query, e.seed + i // len(edits), e.kind)
+        Row(np.roll(image, i // len(edits), axis=1), e.reference, e.query, e.seed + i // len(edits), e.kind)
         for i, (image, e) in enumerate(zip(resized, chosen, strict=True))
     ]
 

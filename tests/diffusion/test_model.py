@@ -8,11 +8,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
+from diffedit_ray.demo import demo_model
 from diffedit_ray.diffusion import model as model_module
 from diffedit_ray.diffusion.checkpoint import checkpoint_folder, model_geometry, model_revision
 from diffedit_ray.diffusion.framing import Geometry
+from diffedit_ray.diffusion.layers import NarrowGroupNorm, SplitGEGLU
 from diffedit_ray.diffusion.model import LatentDiffusionModel, resolve_device, resolve_dtype
 from diffedit_ray.diffusion.schedule import CLEAN
+from diffedit_ray.diffusion.winograd import WinogradConv2d, WinogradUpsample2D
 from diffedit_ray.errors import ModelError
 from tests.diffusion.helpers import HORSE, PEAR, ZEBRA, smooth_image
 
@@ -36,6 +39,16 @@ def test_predict_is_the_unet_of_diffusers(tiny_model: LatentDiffusionModel, tiny
             expected = unet(x, time, encoder_hidden_states=texts).sample
         torch.testing.assert_close(tiny_model.predict(x, time, texts), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(tiny_model.predict(x, 1, texts), tiny_model.predict(x, 481, texts), atol=1e-3)
+
+
+@pytest.mark.parametrize(("capability", "replaced"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_layers_are_replaced_where_that_has_been_measured(
+    monkeypatch: pytest.MonkeyPatch, capability: str, replaced: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    unet = LatentDiffusionModel.load(demo_model(), device="cpu").unet
+    for kind in (WinogradConv2d, WinogradUpsample2D, NarrowGroupNorm, SplitGEGLU):
+        assert any(isinstance(module, kind) for module in unet.modules()) == replaced
 
 
 def test_the_clean_image_is_the_networks_first_time(tiny_model: LatentDiffusionModel) -> None:

@@ -42,11 +42,6 @@ def truth(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
 
 
-@pytest.fixture
-def avx2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-
-
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusionModel:
     return LatentDiffusionModel.load(demo_model(), device="cpu")
@@ -189,7 +184,6 @@ def test_a_layer_with_too_many_weights_stays(monkeypatch: pytest.MonkeyPatch) ->
     assert not saves(layer)
 
 
-@pytest.mark.usefixtures("avx2")
 def test_a_network_keeps_its_weights_and_its_results(model: LatentDiffusionModel) -> None:
     fresh = type(model.unet).from_config(model.unet.config).eval().requires_grad_(False)
     fresh.load_state_dict(model.unet.state_dict())
@@ -204,16 +198,3 @@ def test_a_network_keeps_its_weights_and_its_results(model: LatentDiffusionModel
     with torch.inference_mode():
         estimates = [network(x, 481, texts).sample for network in (ours, fresh)]
     torch.testing.assert_close(*estimates, rtol=0, atol=1e-4)
-
-
-def test_a_model_on_a_cpu_multiplies_less_where_that_has_been_measured(model: LatentDiffusionModel) -> None:
-    measured = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    assert any(isinstance(module, WinogradConv2d) for module in model.unet.modules()) == measured
-
-
-@pytest.mark.parametrize("capability", ["AVX512", "DEFAULT"])
-def test_other_processors_convolve_directly(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    network = nn.Sequential(convolution(64, 64))
-    multiply_less(network)
-    assert type(network[0]) is nn.Conv2d

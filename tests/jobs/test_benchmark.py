@@ -264,10 +264,11 @@ class TestScaling:
         assert scaling.utilisation(spans, 3)["utilisation"] == pytest.approx(17 / 30)
 
     def test_more_replicas_are_reckoned_from_the_most_that_ran(self) -> None:
-        runs = [{"replicas": n, "cpu": {"driver": 0.01 + 0.001 * n}} for n in (1, 4, 16)]
+        runs = [{"replicas": n, "cpu": {"driver": 0.01 + 0.001 * n, "gcs": 0.0}} for n in (1, 4, 16)]
         found = scaling.extrapolate(runs, 1000, 5.0)
         assert found["driver"]["cores"] == pytest.approx(0.026 * 200)
         assert found["driver"]["replicas_at_one_core"] == pytest.approx(5 / 0.026)
+        assert found["gcs"]["replicas_at_one_core"] is None
 
 
 def test_resume_measures_what_planning_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
