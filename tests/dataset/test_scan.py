@@ -14,7 +14,7 @@ from diffedit_ray.dataset.recorded import read_recorded
 from diffedit_ray.dataset.scan import Scan, scan_manifest
 from diffedit_ray.errors import ErrorCode, ManifestError
 from diffedit_ray.settings import EditSettings
-from tests.dataset.outputs import failure, record, write
+from tests.dataset.outputs import START, failure, record, write
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -151,7 +151,7 @@ class TestReconciling:
         slow = failure("d", ErrorCode.TIMEOUT, 9, fingerprint=done[3]["fingerprint"])
         scan, found = self._found(tmp_path, [slow], done[:3])
         assert "1 rows were to be tried again and were not: d" in (found.complaint(scan) or "")
-        write(tmp_path, {**slow, "attempts": 2})
+        write(tmp_path, {**slow, "attempts": 2, "recorded_at": START})  # of equally late ones either may count
         turns = np.array([0, 0, 0, 2], np.int16)
         assert scan.reconcile(read_recorded(str(tmp_path)), turns).untried.tolist() == []
 
