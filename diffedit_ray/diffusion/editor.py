@@ -325,25 +325,22 @@ class DiffEditor:
         soft, mask, f_ratio = (torch.stack(kind) for kind in zip(*found, strict=True))
         return soft, mask, f_ratio
 
-    def _contrasting(self, x0: Tensor, wanted: Mapping[tuple[Noised, str], int]) -> dict[tuple[Noised, str], Tensor]:
+    def _contrasting(self, x0: Tensor, wanted: Mapping[Noised, Mapping[str, int]]) -> dict[tuple[Noised, str], Tensor]:
         """The network's outputs for noised latents under a text, for as many noise samples as are wanted."""
         if not wanted:
             return {}
-        asked: dict[Noised, list[str]] = {}
-        for place, text in wanted:
-            asked.setdefault(place, []).append(text)
         x_t, samples = [], []
-        for place, texts in asked.items():
-            n = max(wanted[place, text] for text in texts)
+        for place, texts in wanted.items():
+            n = max(texts.values())
             z = row_noise(place.seed, n, x0.shape[1:]).to(x0.device)
             x_t.append(add_noise(x0[place.picture], z, self.model.schedule.alpha(place.time).to(x0.device)))
-            samples += [[(place, text) for text in texts if k < wanted[place, text]] for k in range(n)]
+            samples += [[(place, text) for text, maps in texts.items() if k < maps] for k in range(n)]
         outputs = self.estimate(
             torch.cat(x_t), [own[0][0].time for own in samples], [[text for _, text in own] for own in samples]
         )
-        found: dict[tuple[Noised, str], list[Tensor]] = {key: [] for key in wanted}
+        found: dict[tuple[Noised, str], list[Tensor]] = {}
         for key, output in zip(chain.from_iterable(samples), outputs, strict=True):
-            found[key].append(output)
+            found.setdefault(key, []).append(output)
         return {key: torch.stack(own) for key, own in found.items()}
 
     def _paths(self, x0: Tensor, pictures: Sequence[int], settings: Sequence[EditSettings]) -> list[Path]:

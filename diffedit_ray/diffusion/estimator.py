@@ -56,15 +56,13 @@ class Estimator:
         latent = torch.tensor([i for i, _ in wanted], device=x.device)
         which = torch.tensor([place[text] for _, text in wanted], device=x.device)
         t = torch.tensor(times, device=x.device)
+        x = x.contiguous()  # kernels, and so rounding, follow the layout, which slicing may have changed
         outputs = torch.empty(len(wanted), *x.shape[1:], device=x.device)
         for count, runs in self._runs([len(own) for own in texts]).items():
             calls = self.model.calls(len(runs), self.unet_batch, count)
             for run in torch.split(torch.tensor(runs, device=x.device), calls):
-                estimates = run.flatten()
-                # a new tensor: kernels, and so rounding, follow the layout, which slicing may have changed
-                some = x[latent[run[:, 0]]].contiguous()
-                predicted = self.model.predict(some, t[latent[run[:, 0]]], table[which[estimates]])
-                outputs[estimates] = predicted
+                estimates, own = run.flatten(), latent[run[:, 0]]
+                outputs[estimates] = self.model.predict(x[own], t[own], table[which[estimates]])
         return outputs
 
     def _runs(self, texts: Sequence[int]) -> dict[int, list[list[int]]]:

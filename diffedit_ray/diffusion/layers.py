@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
@@ -63,11 +65,24 @@ class SplitGEGLU(GEGLU):  # type: ignore[misc]
         return hidden.mul_(F.gelu(gate))
 
 
+def replace_layers(network: nn.Module, better: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put `better(layer)` in a layer's place wherever there is one, from the outside inwards."""
+    for name, layer in list(network.named_children()):
+        other = better(layer)
+        if other is None:
+            replace_layers(layer, better)
+        else:
+            setattr(network, name, other)
+
+
 def vectorise(network: nn.Module) -> None:
     """Replace the layers for which this is faster on a CPU."""
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.GroupNorm and NarrowGroupNorm.suits(child):
-                setattr(module, name, NarrowGroupNorm(child))
-            elif type(child) is GEGLU and SplitGEGLU.suits(child):
-                setattr(module, name, SplitGEGLU(child))
+
+    def better(layer: nn.Module) -> nn.Module | None:
+        if type(layer) is nn.GroupNorm and NarrowGroupNorm.suits(layer):
+            return NarrowGroupNorm(layer)
+        if type(layer) is GEGLU and SplitGEGLU.suits(layer):
+            return SplitGEGLU(layer)
+        return None
+
+    replace_layers(network, better)

@@ -53,12 +53,13 @@ class Comparison:
         return [(self.place, text) for text in (self.query, self.reference)] if self.query != self.reference else []
 
 
-def estimates_wanted(comparisons: Iterable[Comparison]) -> dict[tuple[Noised, str], int]:
-    """Every estimate that some row needs, and over how many noise samples: the most that one does."""
-    wanted: dict[tuple[Noised, str], int] = {}
+def estimates_wanted(comparisons: Iterable[Comparison]) -> dict[Noised, dict[str, int]]:
+    """The texts that rows ask about each, and over how many noise samples: the most that one row needs."""
+    wanted: dict[Noised, dict[str, int]] = {}
     for comparison in comparisons:
-        for estimate in comparison.estimates:
-            wanted[estimate] = max(comparison.maps, wanted.get(estimate, 0))
+        for place, text in comparison.estimates:
+            texts = wanted.setdefault(place, {})
+            texts[text] = max(comparison.maps, texts.get(text, 0))
     return wanted
 
 

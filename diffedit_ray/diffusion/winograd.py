@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from diffedit_ray.diffusion.layers import replace_layers
+
 TILE = 4
 """Output pixels along a tile's side."""
 LEAST_CHANNELS = 48
@@ -209,9 +211,12 @@ class WinogradUpsample2D(nn.Module):
 
 def multiply_less(network: nn.Module) -> None:
     """Replace the convolutions for which this way is faster; none but in float32 on a CPU."""
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is Upsample2D and WinogradUpsample2D.saves(child):
-                setattr(module, name, WinogradUpsample2D(child))
-            elif type(child) is nn.Conv2d and not isinstance(module, Upsample2D) and saves(child):
-                setattr(module, name, WinogradConv2d(child))
+
+    def better(layer: nn.Module) -> nn.Module | None:
+        if type(layer) is Upsample2D and WinogradUpsample2D.saves(layer):
+            return WinogradUpsample2D(layer)
+        if type(layer) is nn.Conv2d and saves(layer):
+            return WinogradConv2d(layer)
+        return None
+
+    replace_layers(network, better)

@@ -38,6 +38,13 @@ def latents_of(model: LatentDiffusionModel, image: NDArray[np.uint8]) -> Tensor:
     return model.encode_images(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1)
 
 
+def as_diffusers_builds(network: Any) -> Any:
+    """The network's architecture anew, without what we have replaced in it, with its weights."""
+    fresh = type(network).from_config(network.config).eval().requires_grad_(False)
+    fresh.load_state_dict(network.state_dict())
+    return fresh
+
+
 @dataclass
 class Seen:
     """Everything that went through a UNet, call by call; `embeddings` are (samples, tokens, width).

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffedit_ray.demo import demo_model
 from diffedit_ray.diffusion.layers import NarrowGroupNorm, SplitGEGLU, vectorise
 from diffedit_ray.diffusion.model import LatentDiffusionModel
+from tests.diffusion.helpers import as_diffusers_builds
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
@@ -60,9 +61,7 @@ def test_a_split_unit_is_the_unit(bias: bool) -> None:
 
 def test_a_network_keeps_its_weights_and_its_results() -> None:
     unet = LatentDiffusionModel.load(demo_model(), device="cpu").unet
-    fresh = type(unet).from_config(unet.config).eval().requires_grad_(False)
-    fresh.load_state_dict(unet.state_dict())
-    fresh.to(memory_format=torch.channels_last)
+    fresh = as_diffusers_builds(unet).to(memory_format=torch.channels_last)
     ours = copy.deepcopy(fresh)
     vectorise(ours)
     kinds = [type(module) for module in ours.modules()]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from diffedit_ray.demo import demo_model
 from diffedit_ray.diffusion.model import LatentDiffusionModel
 from diffedit_ray.diffusion.stem import repeated, share_stem, shares_stem
+from tests.diffusion.helpers import as_diffusers_builds
 
 SMALL: dict[str, Any] = {
     "sample_size": 8,
@@ -39,7 +41,8 @@ def batch(latents: int, texts: int, unet: UNet2DConditionModel) -> tuple[Tensor,
 
 def one_by_one(unet: UNet2DConditionModel, x: Tensor, times: Tensor, embeddings: Tensor) -> Tensor:
     each = len(embeddings) // len(x)
-    return unet(x.repeat_interleave(each, 0), times.repeat_interleave(each), embeddings).sample  # type: ignore[no-any-return]
+    estimates: Tensor = unet(x.repeat_interleave(each, 0), times.repeat_interleave(each), embeddings).sample
+    return estimates
 
 
 @pytest.mark.parametrize("texts", [1, 2, 5])
@@ -109,12 +112,7 @@ def test_a_model_repeats_latents_for_a_unet_that_shares_nothing(tiny_model: Late
     embeddings = tiny_model.embed_prompts([f"thing {i}" for i in range(6)])
     shared = tiny_model.predict(x, times, embeddings)
     assert tiny_model.shares_stem
-    plain = UNet2DConditionModel.from_config(tiny_model.unet.config).eval()
-    plain.load_state_dict(tiny_model.unet.state_dict())
-    model = LatentDiffusionModel(
-        tiny_model.vae, plain, tiny_model.text_encoder, tiny_model.tokenizer, tiny_model.schedule,
-        tiny_model.device, tiny_model.dtype,
-    )  # fmt: skip
+    model = dataclasses.replace(tiny_model, unet=as_diffusers_builds(tiny_model.unet))
     assert not model.shares_stem
     torch.testing.assert_close(model.predict(x, times, embeddings), shared, rtol=1e-5, atol=1e-5)
 
